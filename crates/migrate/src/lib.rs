@@ -1,1 +1,8 @@
 //! (being laid)
+pub mod engine;
+pub mod error;
+pub mod spec;
+pub mod status;
+
+pub use engine::{CheckReport, Engine, EngineConfig, Gate, Limits, Policy, V1Policy};
+pub use error::{Blame, Failure};
