@@ -1,12 +1,29 @@
 //! The DWCP v3 protocol without I/O, clock or randomness.
 //!
-//! The vocabulary every other crate speaks ([`ids`], [`record`], [`limits`]), and the protocol itself.
+//! | module | what it holds |
+//! |---|---|
+//! | [`ids`], [`record`], [`limits`], [`identity`] | the vocabulary that every other crate speaks |
+//! | [`chunk`] | the unit that is hashed and signed: `EncodedChunk -> SealedChunk -> VerifiedChunk` |
+//! | [`frame`], [`message`] | what follows what on a connection; the sequence of a migration |
+//! | [`negotiate`], [`session`] | what both sides agree on, and the id that binds everything signed later to it |
+//! | [`sender`], [`receiver`], [`pace`] | the state machines of path v3 |
 
+pub mod chunk;
+pub mod frame;
 pub mod identity;
 pub mod ids;
 pub mod limits;
+pub mod message;
+pub mod negotiate;
+pub mod pace;
+pub mod receiver;
 pub mod record;
+pub mod sender;
+pub mod session;
 
+pub use chunk::{ChunkHeader, Codec, EncodedChunk, SealedChunk, Sealer, VerifiedChunk, Verifier};
 pub use identity::{KeyError, NodeKey, PeerKey};
 pub use ids::*;
+pub use negotiate::{Mode, Path};
 pub use record::{BlockNames, Record, Run, Segment};
+pub use session::Side;

@@ -1,0 +1,375 @@
+//! Messages: everything between two agents that is not a chunk.
+//!
+//! # Sequence
+//! ```text
+//! source                                             destination
+//!   | ------------ control connection (TLS) ------------> |
+//!   | Hello: who, which VM, offer, layout                 |
+//!   |                     Welcome: offer, layout          |  or Refused
+//!   | Confirm: choice, signature                          |
+//!   |                     Confirmed: signature            |  both now hold the session id
+//!   | ------------ data connections (TLS or plain) -----> |
+//!   |                     Challenge                       |  first on every plain connection
+//!   | Join: session, purpose, signature                   |
+//!   |                     Joined: where to go on          |  or Refused
+//!   | chunks (v3), or the VMM's bytes as they are (v1)    |
+//!   |              Ack, Nack  (on the control connection) |
+//!   | StreamEnd (v1), or a chunk of kind end (v3)         |
+//!   |              Signed(Receipt)                        |
+//!   | Signed(Commit)                                      |
+//!   |              Signed(Running)                        |
+//! ```
+//! A control connection that was lost is made again with a `Join` of its own; whoever came back first repeats what
+//! the other may have missed. Messages are Protocol Buffers, so that a newer minor may add fields that an older one skips.
+
+use prost::{Message as _, Oneof};
+
+/// The minor version of this protocol that is spoken here; the lower of both sides' is used.
+pub const MINOR: u32 = 0;
+
+/// One message.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Message {
+    /// What it says; a body unknown here (a newer peer's) decodes as `None`.
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    pub body: Option<Body>,
+}
+
+/// The kinds of messages.
+#[derive(Clone, PartialEq, Oneof)]
+pub enum Body {
+    /// Opens a session.
+    #[prost(message, tag = "1")]
+    Hello(Hello),
+    /// Answers `Hello`.
+    #[prost(message, tag = "2")]
+    Welcome(Welcome),
+    /// Ends a handshake or a session with a reason.
+    #[prost(message, tag = "3")]
+    Refused(Refused),
+    /// Fixes the choice and so the session.
+    #[prost(message, tag = "4")]
+    Confirm(Confirm),
+    /// Agrees.
+    #[prost(message, tag = "5")]
+    Confirmed(Confirmed),
+    /// What the joining side must sign on a connection without TLS.
+    #[prost(message, tag = "6")]
+    Challenge(Challenge),
+    /// Adds a connection to a session.
+    #[prost(message, tag = "7")]
+    Join(Join),
+    /// Accepts a join.
+    #[prost(message, tag = "8")]
+    Joined(Joined),
+    /// What was applied.
+    #[prost(message, tag = "9")]
+    Ack(Ack),
+    /// Asks for a chunk again.
+    #[prost(message, tag = "10")]
+    Nack(Nack),
+    /// The v1 stream is complete.
+    #[prost(message, tag = "11")]
+    StreamEnd(StreamEnd),
+    /// A message of the handover.
+    #[prost(message, tag = "12")]
+    Signed(Signed),
+    /// Asks for a sign of life.
+    #[prost(message, tag = "13")]
+    Ping(Ping),
+    /// Gives it.
+    #[prost(message, tag = "14")]
+    Pong(Ping),
+}
+
+/// What one side can and may do. Numbers are the wire's; `negotiate` reads them.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Offer {
+    /// Lowest and highest minor of v3 spoken.
+    #[prost(uint32, tag = "1")]
+    pub minor_min: u32,
+    /// Highest minor of v3 spoken.
+    #[prost(uint32, tag = "2")]
+    pub minor_max: u32,
+    /// v1 is allowed by policy: 0 never, 1 on datacenter links, 2 anywhere.
+    #[prost(uint32, tag = "3")]
+    pub v1: u32,
+    /// v1 may run on plain TCP on datacenter links.
+    #[prost(bool, tag = "4")]
+    pub v1_plain: bool,
+    /// v3 is allowed by the flag.
+    #[prost(bool, tag = "5")]
+    pub v3: bool,
+    /// Why it is or is not, as the flag words it.
+    #[prost(string, tag = "6")]
+    pub v3_reason: String,
+    /// v3 may run on plain TCP on datacenter links.
+    #[prost(bool, tag = "7")]
+    pub v3_plain: bool,
+    /// Codecs known, a bit each (bit n is wire number n).
+    #[prost(uint32, tag = "8")]
+    pub codecs: u32,
+    /// Version of the payload encoding (HDE) known.
+    #[prost(uint32, tag = "9")]
+    pub hde: u32,
+    /// Most data connections taken.
+    #[prost(uint32, tag = "10")]
+    pub streams: u32,
+    /// Bytes that may be in flight towards this side, before and after compression alike.
+    #[prost(uint64, tag = "11")]
+    pub window: u64,
+    /// The flag document's epoch, incarnation and counter.
+    #[prost(uint64, tag = "12")]
+    pub epoch_incarnation: u64,
+    /// The flag document's epoch, counter.
+    #[prost(uint64, tag = "13")]
+    pub epoch_counter: u64,
+}
+
+/// Opens a session. The destination holds the node names against the TLS identities.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Hello {
+    /// The source node.
+    #[prost(string, tag = "1")]
+    pub source: String,
+    /// The destination node that is meant.
+    #[prost(string, tag = "2")]
+    pub destination: String,
+    /// The VM.
+    #[prost(string, tag = "3")]
+    pub vm: String,
+    /// The migration.
+    #[prost(string, tag = "4")]
+    pub migration: String,
+    /// Random, 32 bytes.
+    #[prost(bytes = "vec", tag = "5")]
+    pub nonce: Vec<u8>,
+    /// What the source can do.
+    #[prost(message, optional, tag = "6")]
+    pub offer: Option<Offer>,
+    /// The source VM as its VMM describes it (machine, CPUs, RAM blocks): JSON of `dwcp-vmm`.
+    #[prost(bytes = "vec", tag = "7")]
+    pub description: Vec<u8>,
+    /// Only ask; nothing is prepared at the destination.
+    #[prost(bool, tag = "8")]
+    pub check: bool,
+}
+
+/// Answers `Hello`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Welcome {
+    /// Random, 32 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub nonce: Vec<u8>,
+    /// What the destination can do.
+    #[prost(message, optional, tag = "2")]
+    pub offer: Option<Offer>,
+    /// The waiting VM as its VMM describes it.
+    #[prost(bytes = "vec", tag = "3")]
+    pub description: Vec<u8>,
+}
+
+/// Ends a handshake or a session.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Refused {
+    /// Stable code, snake_case.
+    #[prost(string, tag = "1")]
+    pub code: String,
+    /// One sentence for the operator.
+    #[prost(string, tag = "2")]
+    pub message: String,
+    /// What to do.
+    #[prost(string, tag = "3")]
+    pub hint: String,
+}
+
+/// What both sides will do.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Choice {
+    /// Path: 1 or 3.
+    #[prost(uint32, tag = "1")]
+    pub path: u32,
+    /// Mode of v3: 0 internet, 1 datacenter. On v1 it says how the link counts.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    /// Data connections are plain TCP.
+    #[prost(bool, tag = "3")]
+    pub plain: bool,
+    /// Number of data connections.
+    #[prost(uint32, tag = "4")]
+    pub streams: u32,
+    /// Minor of the protocol.
+    #[prost(uint32, tag = "5")]
+    pub minor: u32,
+    /// Version of the payload encoding.
+    #[prost(uint32, tag = "6")]
+    pub hde: u32,
+    /// Bytes that may be in flight.
+    #[prost(uint64, tag = "7")]
+    pub window: u64,
+    /// Why something simpler than wished for was chosen.
+    #[prost(string, repeated, tag = "8")]
+    pub reasons: Vec<String>,
+    /// The guest was running when the migration began, and shall run after it.
+    #[prost(bool, tag = "9")]
+    pub guest_runs: bool,
+}
+
+/// Fixes the choice.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Confirm {
+    /// The choice.
+    #[prost(message, optional, tag = "1")]
+    pub choice: Option<Choice>,
+    /// The source's signature over the session id.
+    #[prost(bytes = "vec", tag = "2")]
+    pub signature: Vec<u8>,
+}
+
+/// Agrees to the choice.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Confirmed {
+    /// The destination's signature over the session id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub signature: Vec<u8>,
+}
+
+/// What the joining side must sign where no TLS binds the connection.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Challenge {
+    /// Random, 32 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub nonce: Vec<u8>,
+}
+
+/// What a joining connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub enum Purpose {
+    /// Messages.
+    Control = 0,
+    /// Chunks.
+    Chunks = 1,
+    /// The VMM's bytes as they are.
+    Bytes = 2,
+}
+
+/// Adds a connection to a session.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Join {
+    /// The session id, 32 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// What for.
+    #[prost(enumeration = "Purpose", tag = "2")]
+    pub purpose: i32,
+    /// Which data connection of the session.
+    #[prost(uint32, tag = "3")]
+    pub link: u32,
+    /// Rises with every join of the session, so that none can be used twice.
+    #[prost(uint64, tag = "4")]
+    pub ticket: u64,
+    /// The source's signature: see `session::join_message`.
+    #[prost(bytes = "vec", tag = "5")]
+    pub signature: Vec<u8>,
+}
+
+/// Accepts a join.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Joined {
+    /// The next chunk that the destination has not applied.
+    #[prost(uint64, tag = "1")]
+    pub next: u64,
+    /// The offset in the VMM's stream up to which it has applied everything.
+    #[prost(uint64, tag = "2")]
+    pub applied: u64,
+    /// The destination's signature: see `session::joined_message`.
+    #[prost(bytes = "vec", tag = "3")]
+    pub signature: Vec<u8>,
+}
+
+/// What was verified and applied.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Ack {
+    /// The next chunk that was not; all before it were.
+    #[prost(uint64, tag = "1")]
+    pub next: u64,
+    /// The offset in the VMM's stream up to which all was applied.
+    #[prost(uint64, tag = "2")]
+    pub applied: u64,
+}
+
+/// Asks for a chunk again: its payload did not match its digest.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Nack {
+    /// Which chunk.
+    #[prost(uint64, tag = "1")]
+    pub seq: u64,
+}
+
+/// The v1 stream is complete.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct StreamEnd {
+    /// Its length in bytes.
+    #[prost(uint64, tag = "1")]
+    pub length: u64,
+}
+
+/// A message of the handover with its author's signature.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Signed {
+    /// The message, encoded.
+    #[prost(bytes = "vec", tag = "1")]
+    pub body: Vec<u8>,
+    /// The signature: see `session::handover_message`.
+    #[prost(bytes = "vec", tag = "2")]
+    pub signature: Vec<u8>,
+}
+
+/// A sign of life.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Ping {
+    /// Returned as it came.
+    #[prost(uint64, tag = "1")]
+    pub token: u64,
+}
+
+impl Message {
+    /// Its bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.encode_to_vec()
+    }
+
+    /// Parses a message, whose length a frame's limit has bounded.
+    pub fn parse(bytes: &[u8]) -> Result<Self, prost::DecodeError> {
+        Self::decode(bytes)
+    }
+}
+
+impl From<Body> for Message {
+    fn from(body: Body) -> Self {
+        Message { body: Some(body) }
+    }
+}
+
+impl Body {
+    /// Its kind, for errors and logs.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Body::Hello(_) => "hello",
+            Body::Welcome(_) => "welcome",
+            Body::Refused(_) => "refused",
+            Body::Confirm(_) => "confirm",
+            Body::Confirmed(_) => "confirmed",
+            Body::Challenge(_) => "challenge",
+            Body::Join(_) => "join",
+            Body::Joined(_) => "joined",
+            Body::Ack(_) => "ack",
+            Body::Nack(_) => "nack",
+            Body::StreamEnd(_) => "stream_end",
+            Body::Signed(_) => "signed",
+            Body::Ping(_) => "ping",
+            Body::Pong(_) => "pong",
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Negotiation: what two offers, a wish and the link allow.
+//!
+//! The source chooses, the destination holds the choice against both offers ([`permits`]); offers and choice are part of the session id,
+//! so nobody in between can have altered them. A simpler path is never taken silently: each step down leaves a reason.
+
+use crate::chunk::Codec;
+use crate::limits::MAX_RAW_PAYLOAD;
+use crate::message::{Choice, Offer};
+
+/// Which way a migration's bytes take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Path {
+    /// One connection, the VMM's bytes as they are.
+    V1,
+    /// Chunks: hashed, signed, verified.
+    V3,
+}
+
+impl Path {
+    /// Its number in a [`Choice`].
+    pub fn to_wire(self) -> u32 {
+        match self {
+            Path::V1 => 1,
+            Path::V3 => 3,
+        }
+    }
+
+    /// The path of a wire number.
+    pub fn from_wire(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Path::V1),
+            3 => Some(Path::V3),
+            _ => None,
+        }
+    }
+
+    /// Its name in status and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Path::V1 => "v1",
+            Path::V3 => "v3",
+        }
+    }
+}
+
+/// What v3 optimises for; also what kind of link it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Mode {
+    /// Fewest bytes.
+    Internet,
+    /// Most bytes a second.
+    Datacenter,
+}
+
+impl Mode {
+    /// Its number in a [`Choice`].
+    pub fn to_wire(self) -> u32 {
+        match self {
+            Mode::Internet => 0,
+            Mode::Datacenter => 1,
+        }
+    }
+
+    /// The mode of a wire number.
+    pub fn from_wire(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(Mode::Internet),
+            1 => Some(Mode::Datacenter),
+            _ => None,
+        }
+    }
+
+    /// Its name in status and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Internet => "internet",
+            Mode::Datacenter => "datacenter",
+        }
+    }
+}
+
+/// What the caller asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wish {
+    /// The path, if not left to the agents.
+    pub path: Option<Path>,
+    /// The mode, if not left to the agents.
+    pub mode: Option<Mode>,
+    /// The number of data connections, if not left to the agents.
+    pub streams: Option<u32>,
+}
+
+/// Why no choice is possible.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Impossible {
+    /// v3 was asked for, and something bars it.
+    #[error("v3 was asked for, but {0}")]
+    V3Barred(String),
+    /// v3 cannot be used, and policy bars v1.
+    #[error("v3 cannot be used ({v3}) and v1 is barred by [policy] v1 at the {side}")]
+    Nothing {
+        /// Why not v3.
+        v3: String,
+        /// Whose policy bars v1.
+        side: &'static str,
+    },
+    /// v1 was asked for, and policy bars it.
+    #[error("v1 was asked for, but [policy] v1 at the {0} bars it on this link")]
+    V1Barred(&'static str),
+    /// An offer contradicts itself.
+    #[error("the peer's offer makes no sense: {0}")]
+    BadOffer(&'static str),
+}
+
+/// The smallest window that keeps two chunks in flight.
+pub const MIN_WINDOW: u64 = 2 * MAX_RAW_PAYLOAD as u64;
+
+const RAW: u32 = 1 << Codec::Raw as u32;
+
+/// Chooses for a migration between `source` and `destination` over a link that counts as `link`.
+pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Result<Choice, Impossible> {
+    for offer in [source, destination] {
+        check(offer)?;
+    }
+    let mode = wish.mode.unwrap_or(link);
+    let v3 = why_not_v3(source, destination);
+    let v1 = why_not_v1(source, destination, link);
+    let mut reasons = Vec::new();
+    let path = match (wish.path, v3, v1) {
+        (Some(Path::V3) | None, None, _) => Path::V3,
+        (Some(Path::V3), Some(why), _) => return Err(Impossible::V3Barred(why)),
+        (Some(Path::V1), _, None) => Path::V1,
+        (Some(Path::V1), _, Some(side)) => return Err(Impossible::V1Barred(side)),
+        (None, Some(why), None) => {
+            reasons.push(format!("v1 instead of v3: {why}"));
+            Path::V1
+        }
+        (None, Some(v3), Some(side)) => return Err(Impossible::Nothing { v3, side }),
+    };
+    let plain = link == Mode::Datacenter
+        && mode == Mode::Datacenter
+        && match path {
+            Path::V1 => source.v1_plain && destination.v1_plain,
+            Path::V3 => source.v3_plain && destination.v3_plain,
+        };
+    let most = source.streams.min(destination.streams);
+    let streams = match (path, wish.streams) {
+        (Path::V1, _) => 1,
+        (Path::V3, Some(wished)) => {
+            if wished > most {
+                reasons.push(format!("{most} streams instead of {wished}: no more are offered"));
+            }
+            wished.clamp(1, most)
+        }
+        // One congestion window carries little over a long way; over a short one each costs CPU.
+        (Path::V3, None) if mode == Mode::Internet => most.min(4),
+        (Path::V3, None) => most.min(2),
+    };
+    Ok(Choice {
+        path: path.to_wire(),
+        mode: mode.to_wire(),
+        plain,
+        streams,
+        minor: source.minor_max.min(destination.minor_max),
+        hde: source.hde.min(destination.hde),
+        window: source.window.min(destination.window),
+        reasons,
+        guest_runs: false,
+    })
+}
+
+/// Whether a choice that the source made stays within both offers; the destination asks before it confirms.
+pub fn permits(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(), &'static str> {
+    check(source).and(check(destination)).map_err(|_| "an offer makes no sense")?;
+    let path = Path::from_wire(choice.path).ok_or("unknown path")?;
+    let mode = Mode::from_wire(choice.mode).ok_or("unknown mode")?;
+    let plain_ok = match path {
+        Path::V1 => source.v1_plain && destination.v1_plain,
+        Path::V3 => source.v3_plain && destination.v3_plain,
+    };
+    if path == Path::V3 && why_not_v3(source, destination).is_some() {
+        return Err("v3 is not in both offers");
+    }
+    // How the link counts is the source's measurement; where v1 is wholly barred no measurement helps.
+    if path == Path::V1 && (source.v1 == 0 || destination.v1 == 0) {
+        return Err("v1 is not in both offers");
+    }
+    if choice.plain && (!plain_ok || mode != Mode::Datacenter) {
+        return Err("plain TCP is not in both offers");
+    }
+    if choice.streams == 0 || choice.streams > source.streams.min(destination.streams) {
+        return Err("more streams than offered");
+    }
+    if choice.window < MIN_WINDOW || choice.window > source.window.min(destination.window) {
+        return Err("a window outside the offers");
+    }
+    if choice.hde > source.hde.min(destination.hde)
+        || choice.minor > source.minor_max.min(destination.minor_max)
+    {
+        return Err("a version outside the offers");
+    }
+    Ok(())
+}
+
+fn check(offer: &Offer) -> Result<(), Impossible> {
+    if offer.minor_min > offer.minor_max {
+        return Err(Impossible::BadOffer("its lowest version is above its highest"));
+    }
+    if offer.streams == 0 || offer.streams > MAX_STREAMS {
+        return Err(Impossible::BadOffer("its number of streams"));
+    }
+    if offer.window < MIN_WINDOW {
+        return Err(Impossible::BadOffer("its window is smaller than two chunks"));
+    }
+    if offer.codecs & RAW == 0 {
+        return Err(Impossible::BadOffer("it does not take raw chunks"));
+    }
+    Ok(())
+}
+
+/// Most data connections of one session.
+pub const MAX_STREAMS: u32 = 16;
+
+fn why_not_v3(source: &Offer, destination: &Offer) -> Option<String> {
+    let low = source.minor_min.max(destination.minor_min);
+    let high = source.minor_max.min(destination.minor_max);
+    if !source.v3 {
+        Some(format!("the source says: {}", source.v3_reason))
+    } else if !destination.v3 {
+        Some(format!("the destination says: {}", destination.v3_reason))
+    } else if low > high {
+        Some("the agents share no version of v3; upgrade the older one".to_owned())
+    } else if source.codecs & destination.codecs != source.codecs {
+        Some("the destination does not know all of the source's codecs; upgrade it".to_owned())
+    } else if source.hde == 0 || destination.hde == 0 {
+        Some("the agents share no payload encoding; upgrade the older one".to_owned())
+    } else {
+        None
+    }
+}
+
+fn why_not_v1(source: &Offer, destination: &Offer, link: Mode) -> Option<&'static str> {
+    let barred = |offer: &Offer| match offer.v1 {
+        0 => true,
+        1 => link != Mode::Datacenter,
+        _ => false,
+    };
+    if barred(source) {
+        Some("source")
+    } else if barred(destination) {
+        Some("destination")
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer() -> Offer {
+        Offer {
+            minor_min: 0,
+            minor_max: 0,
+            v1: 2,
+            v1_plain: false,
+            v3: true,
+            v3_reason: "flag on".into(),
+            v3_plain: false,
+            codecs: 0b111,
+            hde: 1,
+            streams: 8,
+            window: 8 << 20,
+            ..Offer::default()
+        }
+    }
+
+    fn path_of(choice: &Choice) -> Path {
+        Path::from_wire(choice.path).unwrap()
+    }
+
+    #[test]
+    fn v3_where_both_sides_allow_it() {
+        let choice = choose(&offer(), &offer(), Wish::default(), Mode::Internet).unwrap();
+        assert_eq!((path_of(&choice), choice.reasons.len()), (Path::V3, 0));
+        assert_eq!(permits(&choice, &offer(), &offer()), Ok(()));
+    }
+
+    #[test]
+    fn a_v1_only_peer_gets_v1_and_the_reason_is_kept() {
+        let v1_only = Offer { v3: false, v3_reason: "configured without = v1".into(), ..offer() };
+        let choice = choose(&offer(), &v1_only, Wish::default(), Mode::Internet).unwrap();
+        assert_eq!(path_of(&choice), Path::V1);
+        assert!(choice.reasons[0].contains("configured without = v1"), "{:?}", choice.reasons);
+        let forced = Wish { path: Some(Path::V3), ..Wish::default() };
+        assert!(matches!(
+            choose(&offer(), &v1_only, forced, Mode::Internet),
+            Err(Impossible::V3Barred(why)) if why.contains("destination")
+        ));
+    }
+
+    #[test]
+    fn policy_bars_v1() {
+        let never = Offer { v1: 0, ..offer() };
+        let near = Offer { v1: 1, ..offer() };
+        let wish = Wish { path: Some(Path::V1), ..Wish::default() };
+        assert_eq!(choose(&never, &offer(), wish, Mode::Datacenter), Err(Impossible::V1Barred("source")));
+        assert_eq!(choose(&offer(), &near, wish, Mode::Internet), Err(Impossible::V1Barred("destination")));
+        assert!(choose(&offer(), &near, wish, Mode::Datacenter).is_ok());
+        let off = Offer { v3: false, v3_reason: "flag off".into(), v1: 0, ..offer() };
+        assert!(matches!(
+            choose(&off, &offer(), Wish::default(), Mode::Datacenter),
+            Err(Impossible::Nothing { side: "source", .. })
+        ));
+    }
+
+    #[test]
+    fn plain_tcp_needs_both_policies_and_a_short_link() {
+        let plain = Offer { v1_plain: true, v3_plain: true, ..offer() };
+        let choose = |a: &Offer, b: &Offer, link| super::choose(a, b, Wish::default(), link).unwrap().plain;
+        assert!(choose(&plain, &plain, Mode::Datacenter));
+        assert!(!choose(&plain, &offer(), Mode::Datacenter));
+        assert!(!choose(&plain, &plain, Mode::Internet));
+    }
+
+    #[test]
+    fn downgrade_v1_a_choice_outside_the_offers_is_not_permitted() {
+        let good = choose(&offer(), &offer(), Wish::default(), Mode::Internet).unwrap();
+        let bad = [
+            Choice { path: 2, ..good.clone() },
+            Choice { plain: true, mode: 1, ..good.clone() },
+            Choice { streams: 0, ..good.clone() },
+            Choice { streams: 99, ..good.clone() },
+            Choice { window: u64::MAX, ..good.clone() },
+            Choice { hde: 2, ..good.clone() },
+        ];
+        for choice in bad {
+            assert!(permits(&choice, &offer(), &offer()).is_err(), "{choice:?}");
+        }
+        let never = Offer { v1: 0, ..offer() };
+        let v1 = Choice { path: 1, streams: 1, ..good };
+        assert!(permits(&v1, &offer(), &never).is_err());
+    }
+}

@@ -1,0 +1,138 @@
+//! Pace: how fast the peer takes bytes, and how many of them may be on their way so that the downtime stays honest.
+//!
+//! QEMU stops the guest when what is left fits into the downtime at the speed at which *it* writes. What lies in the agents
+//! and in the network between comes on top. So the bytes in flight are kept to what the link carries in a part of the
+//! downtime limit, but not below one bandwidth-delay product, which the link needs to be full.
+//!
+//! While the bound is what limits the sender, the measured rate is the bound over the round trip; the next
+//! bound is then larger by the budget, so it grows until the link is the limit.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Over how long the rate is measured.
+const SPAN: Duration = Duration::from_secs(1);
+/// Samples kept, about; a newer one replaces the last where they come faster.
+const SAMPLES: u32 = 64;
+/// The least that may be in flight: a few compressed chunks, so that encoder, network and decoder overlap.
+const FLOOR: u64 = 512 << 10;
+/// What may be in flight before anything was measured.
+const START: u64 = 2 << 20;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Pace {
+    budget: Duration,
+    rtt: Option<Duration>,
+    samples: VecDeque<(Duration, u64)>,
+    total: u64,
+    rate: f64,
+}
+
+impl Pace {
+    /// A pace that lets `budget` of the downtime be spent on bytes in flight.
+    pub fn new(budget: Duration) -> Self {
+        Pace { budget, rtt: None, samples: VecDeque::new(), total: 0, rate: 0.0 }
+    }
+
+    /// A round trip was measured; the least counts, since longer ones hold queues.
+    pub fn round_trip(&mut self, rtt: Duration) {
+        self.rtt = Some(self.rtt.map_or(rtt, |least| least.min(rtt)));
+    }
+
+    /// The least round trip seen.
+    pub fn rtt(&self) -> Option<Duration> {
+        self.rtt
+    }
+
+    /// `bytes` were acknowledged at `now`; `idle` when nothing is left in flight, so that the pause that follows is not
+    /// taken for a slow link.
+    pub fn acked(&mut self, bytes: u64, now: Duration, idle: bool) {
+        self.total += bytes;
+        let before_last = self.samples.len().checked_sub(2).and_then(|i| self.samples.get(i));
+        if before_last.is_some_and(|b| now.saturating_sub(b.0) < SPAN / SAMPLES) {
+            self.samples.pop_back();
+        }
+        self.samples.push_back((now, self.total));
+        while self.samples.len() > 2 && self.samples.front().is_some_and(|f| now.saturating_sub(f.0) > SPAN) {
+            self.samples.pop_front();
+        }
+        if let (Some(first), Some(last)) = (self.samples.front(), self.samples.back()) {
+            let seconds = last.0.saturating_sub(first.0).as_secs_f64();
+            if seconds > 0.0 {
+                self.rate = (last.1 - first.1) as f64 / seconds;
+            }
+        }
+        if idle {
+            self.samples.clear();
+        }
+    }
+
+    /// Bytes a second that the peer acknowledged lately; 0 before anything was measured.
+    pub fn rate(&self) -> f64 {
+        self.rate
+    }
+
+    /// Bytes that may be in flight.
+    pub fn target(&self) -> u64 {
+        if self.rate <= 0.0 {
+            return START;
+        }
+        let time = self.rtt.unwrap_or_default() + self.budget;
+        ((self.rate * time.as_secs_f64()) as u64).max(FLOOR)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[test]
+    fn the_rate_is_that_of_the_last_second() {
+        let mut pace = Pace::new(ms(100));
+        for t in 1..=3000 {
+            let bytes = if t <= 1500 { 1000 } else { 100 };
+            pace.acked(bytes, ms(t), false);
+        }
+        assert!((pace.rate() - 100_000.0).abs() < 5_000.0, "{}", pace.rate());
+    }
+
+    #[test]
+    fn a_pause_is_not_a_slow_link() {
+        let mut pace = Pace::new(ms(100));
+        (1..=100).for_each(|t| pace.acked(1000, ms(t), t == 100));
+        (9_000..9_100).for_each(|t| pace.acked(1000, ms(t), false));
+        assert!(pace.rate() > 900_000.0, "{}", pace.rate());
+    }
+
+    #[test]
+    fn what_is_in_flight_is_a_part_of_the_downtime_or_the_product_of_bandwidth_and_delay() {
+        let mut pace = Pace::new(ms(100));
+        pace.round_trip(ms(50));
+        pace.round_trip(ms(80));
+        (1..=1000).for_each(|t| pace.acked(100_000, ms(t), false));
+        let expected = 100e6 * 0.150;
+        assert!((pace.target() as f64 / expected - 1.0).abs() < 0.02, "{}", pace.target());
+        let mut slow = Pace::new(ms(10));
+        (1..=1000).for_each(|t| slow.acked(1, ms(t), false));
+        assert_eq!(slow.target(), FLOOR);
+    }
+
+    /// A link that carries 100 MB/s with 100 ms: the bound must not keep it from being found.
+    #[test]
+    fn the_bound_grows_until_the_link_is_the_limit() {
+        let mut pace = Pace::new(ms(50));
+        pace.round_trip(ms(100));
+        let mut now = ms(0);
+        for _ in 0..100 {
+            let sent = pace.target().min(10_000_000);
+            now += ms(100);
+            pace.acked(sent, now, false);
+        }
+        assert!(pace.rate() > 90e6, "{}", pace.rate());
+    }
+}

@@ -1,0 +1,324 @@
+//! The receiving side of v3, without I/O or clock: which chunks are taken, when they are applied, what is acknowledged.
+//!
+//! ```text
+//!  header ──admit──► expected ──verified──► ready ──poll_apply (in order)──► applied ──► Ack
+//!             │          └─────refused────► Nack
+//!             └► duplicate: dropped; violation: the session ends
+//! ```
+//!
+//! The driver verifies a header's signature before [`Receiver::admit`], so every violation below is the peer's own doing. It keeps the
+//! payloads; the receiver sees headers only.
+//!
+//! Invariants: chunks are applied once, in the order of their sequence numbers, without a gap in the VMM's stream, each header holding the hash
+//! of the one before; what waits never exceeds the window; nothing is applied after the end.
+
+use std::collections::BTreeMap;
+
+use crate::chunk::{ChunkHeader, Kind};
+use crate::ids::{Seq, SessionId, StreamOffset};
+use crate::limits::MAX_RAW_PAYLOAD;
+
+/// Chunks that may wait for an earlier one, however small they are.
+pub const MAX_REORDER: u64 = 4096;
+
+/// How a peer with a good key broke the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// More was sent than the window allows.
+    #[error("chunk {0} is beyond the window that was agreed on")]
+    Window(u64),
+    /// Two different chunks with one number, both well signed.
+    #[error("two different chunks were signed as number {0}")]
+    Equivocation(u64),
+    /// The hash chain or the stream's offsets have a gap.
+    #[error("chunk {0} does not follow the one before it")]
+    Chain(u64),
+    /// Page versions went back.
+    #[error("chunk {0} goes back to an older round")]
+    OldRound(u64),
+    /// A chunk after the end.
+    #[error("chunk {0} comes after the end of the stream")]
+    AfterEnd(u64),
+}
+
+impl Violation {
+    /// The kind of attack that it would be, for the metric.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Violation::Window(_) => "extend",
+            Violation::Equivocation(_) => "equivocation",
+            Violation::Chain(_) => "omit",
+            Violation::OldRound(_) => "old_round",
+            Violation::AfterEnd(_) => "extend",
+        }
+    }
+}
+
+/// What to do with a chunk whose header is signed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// Read and verify the payload.
+    Take,
+    /// Read the payload and drop it: the chunk is here already.
+    Duplicate,
+}
+
+#[derive(Debug, Clone)]
+struct Waiting {
+    header: ChunkHeader,
+    verified: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Receiver {
+    next: Seq,
+    applied: StreamOffset,
+    prev: [u8; 32],
+    version: u32,
+    waiting: BTreeMap<Seq, Waiting>,
+    waiting_bytes: u64,
+    applying: Option<ChunkHeader>,
+    ended: bool,
+    window: u64,
+}
+
+impl Receiver {
+    /// The receiver of a session with this window, in bytes.
+    pub fn new(session: SessionId, window: u64) -> Self {
+        Receiver {
+            next: Seq(0),
+            applied: StreamOffset(0),
+            prev: session.0,
+            version: 0,
+            waiting: BTreeMap::new(),
+            waiting_bytes: 0,
+            applying: None,
+            ended: false,
+            window,
+        }
+    }
+
+    /// Takes or refuses a chunk by its signed header, before its payload is read.
+    pub fn admit(&mut self, header: &ChunkHeader) -> Result<Admission, Violation> {
+        let seq = header.seq;
+        if seq < self.next || self.applying.as_ref().is_some_and(|h| h.seq == seq) {
+            return Ok(Admission::Duplicate);
+        }
+        if self.ended {
+            return Err(Violation::AfterEnd(seq.0));
+        }
+        if let Some(waiting) = self.waiting.get(&seq) {
+            return match &waiting.header == header {
+                true => Ok(Admission::Duplicate),
+                false => Err(Violation::Equivocation(seq.0)),
+            };
+        }
+        let bytes = header.weight();
+        let fits = self.waiting_bytes + bytes <= self.window + MAX_RAW_PAYLOAD as u64;
+        if seq.0 - self.next.0 > MAX_REORDER || !fits {
+            return Err(Violation::Window(seq.0));
+        }
+        self.waiting_bytes += bytes;
+        self.waiting.insert(seq, Waiting { header: header.clone(), verified: false });
+        Ok(Admission::Take)
+    }
+
+    /// The payload of an admitted chunk is what its header says.
+    pub fn verified(&mut self, seq: Seq) {
+        if let Some(waiting) = self.waiting.get_mut(&seq) {
+            waiting.verified = true;
+        }
+    }
+
+    /// An admitted chunk's payload did not arrive, or not as its header says; it may come again. True if the peer must
+    /// be asked for it.
+    pub fn refused(&mut self, seq: Seq) -> bool {
+        match self.waiting.get(&seq) {
+            Some(waiting) if !waiting.verified => {
+                self.waiting_bytes -= waiting.header.weight();
+                self.waiting.remove(&seq);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The next chunk to apply, if it is here and the one before was applied.
+    pub fn poll_apply(&mut self) -> Result<Option<ChunkHeader>, Violation> {
+        if self.applying.is_some() || !self.waiting.get(&self.next).is_some_and(|w| w.verified) {
+            return Ok(None);
+        }
+        let Some(Waiting { header, .. }) = self.waiting.remove(&self.next) else { return Ok(None) };
+        self.waiting_bytes -= header.weight();
+        let seq = header.seq.0;
+        if header.prev != self.prev || header.offset != self.applied {
+            return Err(Violation::Chain(seq));
+        }
+        if header.kind == Kind::Data && header.version.0 < self.version {
+            return Err(Violation::OldRound(seq));
+        }
+        if header.kind == Kind::End && !self.waiting.is_empty() {
+            return Err(Violation::AfterEnd(seq + 1));
+        }
+        self.applying = Some(header.clone());
+        Ok(Some(header))
+    }
+
+    /// The chunk that `poll_apply` gave out has been applied.
+    pub fn applied(&mut self) {
+        if let Some(header) = self.applying.take() {
+            self.next = header.seq.next();
+            self.applied = header.end();
+            self.prev = header.hash();
+            self.version = self.version.max(header.version.0);
+            self.ended = header.kind == Kind::End;
+        }
+    }
+
+    /// The next chunk that was not applied: what an acknowledgement says.
+    pub fn next(&self) -> Seq {
+        self.next
+    }
+
+    /// The offset in the VMM's stream up to which all was applied.
+    pub fn offset(&self) -> StreamOffset {
+        self.applied
+    }
+
+    /// The session's root, once the end was applied.
+    pub fn root(&self) -> Option<[u8; 32]> {
+        self.ended.then_some(self.prev)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunk::{Codec, EncodedChunk, SealedChunk, Sealer};
+    use crate::identity::NodeKey;
+    use crate::ids::{Lane, NodeName, PageVersion};
+
+    const SESSION: SessionId = SessionId([9; 32]);
+    const WINDOW: u64 = 1 << 20;
+
+    fn stream(chunks: usize) -> Vec<SealedChunk> {
+        let key = NodeKey::from_seed(NodeName::new("a").unwrap(), &[1; 32]);
+        let mut sealer = Sealer::new(SESSION);
+        let mut sealed: Vec<_> = (0..chunks as u64)
+            .map(|i| {
+                let payload = vec![i as u8; 10].into();
+                let (version, offset) = (PageVersion(i as u32 / 2), StreamOffset(10 * i));
+                sealer.seal(&key, EncodedChunk::new(Codec::Raw, Lane(0), version, offset, 10, 10, payload))
+            })
+            .collect();
+        sealed.push(sealer.seal_end(&key));
+        sealed
+    }
+
+    fn take(receiver: &mut Receiver, chunk: &SealedChunk) {
+        assert_eq!(receiver.admit(chunk.header()), Ok(Admission::Take));
+        receiver.verified(chunk.header().seq);
+    }
+
+    fn apply_all(receiver: &mut Receiver) -> Result<Vec<u64>, Violation> {
+        let mut applied = Vec::new();
+        while let Some(header) = receiver.poll_apply()? {
+            receiver.applied();
+            applied.push(header.seq.0);
+        }
+        Ok(applied)
+    }
+
+    #[test]
+    fn reordered_chunks_are_applied_in_order_and_the_root_is_the_ends_hash() {
+        let chunks = stream(4);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        let mut applied = Vec::new();
+        for i in [2, 0, 4, 1, 3] {
+            take(&mut receiver, &chunks[i]);
+            applied.extend(apply_all(&mut receiver).unwrap());
+        }
+        assert_eq!(applied, [0, 1, 2, 3, 4]);
+        assert_eq!(receiver.offset(), StreamOffset(40));
+        assert_eq!(receiver.root(), Some(chunks[4].header().hash()));
+    }
+
+    #[test]
+    fn replay_chunk_is_dropped() {
+        let chunks = stream(2);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        take(&mut receiver, &chunks[1]);
+        assert_eq!(receiver.admit(chunks[1].header()), Ok(Admission::Duplicate));
+        take(&mut receiver, &chunks[0]);
+        apply_all(&mut receiver).unwrap();
+        assert_eq!(receiver.admit(chunks[0].header()), Ok(Admission::Duplicate));
+    }
+
+    #[test]
+    fn a_refused_payload_may_come_again_and_is_not_applied_before() {
+        let chunks = stream(1);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        receiver.admit(chunks[0].header()).unwrap();
+        assert!(receiver.refused(Seq(0)));
+        assert!(!receiver.refused(Seq(0)));
+        assert_eq!(apply_all(&mut receiver).unwrap(), []);
+        take(&mut receiver, &chunks[0]);
+        assert_eq!(apply_all(&mut receiver).unwrap(), [0]);
+    }
+
+    #[test]
+    fn equivocation_old_round_and_extend_end_the_session() {
+        let chunks = stream(3);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        take(&mut receiver, &chunks[0]);
+        let other = ChunkHeader { digest: [0; 32], ..chunks[0].header().clone() };
+        assert_eq!(receiver.admit(&other), Err(Violation::Equivocation(0)));
+
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        chunks.iter().for_each(|c| take(&mut receiver, c));
+        apply_all(&mut receiver).unwrap();
+        let late = ChunkHeader { seq: Seq(4), ..chunks[2].header().clone() };
+        assert_eq!(receiver.admit(&late), Err(Violation::AfterEnd(4)));
+
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        take(&mut receiver, &chunks[0]);
+        let newer = ChunkHeader { version: PageVersion(7), ..chunks[1].header().clone() };
+        receiver.admit(&newer).unwrap();
+        receiver.verified(Seq(1));
+        apply_all(&mut receiver).unwrap();
+        let older = ChunkHeader { prev: newer.hash(), ..chunks[2].header().clone() };
+        receiver.admit(&older).unwrap();
+        receiver.verified(Seq(2));
+        assert_eq!(apply_all(&mut receiver), Err(Violation::OldRound(2)));
+    }
+
+    #[test]
+    fn omit_a_gap_is_never_applied_over() {
+        let chunks = stream(3);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        take(&mut receiver, &chunks[0]);
+        // The second is left out and the third renumbered: its hash of the one before gives it away.
+        let renumbered = ChunkHeader { seq: Seq(1), offset: StreamOffset(10), ..chunks[2].header().clone() };
+        receiver.admit(&renumbered).unwrap();
+        receiver.verified(Seq(1));
+        assert_eq!(apply_all(&mut receiver), Err(Violation::Chain(1)));
+    }
+
+    #[test]
+    fn the_window_bounds_what_waits() {
+        let chunks = stream(1);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        let far = ChunkHeader { seq: Seq(MAX_REORDER + 1), ..chunks[0].header().clone() };
+        assert_eq!(receiver.admit(&far), Err(Violation::Window(MAX_REORDER + 1)));
+        let big = |seq| ChunkHeader {
+            seq: Seq(seq),
+            stream_len: 1 << 20,
+            raw_len: 1 << 20,
+            wire_len: 1 << 20,
+            ..chunks[0].header().clone()
+        };
+        let taken = (1..100).take_while(|i| receiver.admit(&big(*i)).is_ok()).count();
+        assert_eq!(taken, 2);
+    }
+}

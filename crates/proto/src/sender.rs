@@ -1,0 +1,309 @@
+//! The sending side of v3, without I/O or clock: which chunk goes to which connection, what is still unacknowledged, and
+//! how much may be in flight.
+//!
+//! ```text
+//!  push ──► waiting ──poll_transmit──► on a link ──ack──► gone
+//!             ▲                            │
+//!             └──── link_down, nack ───────┘
+//! ```
+//!
+//! Invariants: a chunk is in exactly one of *waiting* and *on a link* until it is acknowledged; acknowledgements only
+//! move forward; nothing acknowledged is sent again; unacknowledged bytes never exceed the window.
+//!
+//! The driver keeps the chunks' bytes; the sender sees numbers only. Time is given as the duration since a fixed moment.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use crate::ids::{LinkId, Seq, StreamOffset};
+use crate::limits::MAX_RAW_PAYLOAD;
+use crate::pace::Pace;
+
+/// Chunks handed to a connection's writer and not yet written: one being written, one behind it.
+pub const LINK_QUEUE: u32 = 2;
+
+/// How often the peer may refuse one chunk before the session is given up: line noise does not pass TLS's or TCP's checks thrice.
+pub const MAX_NACKS: u32 = 3;
+
+/// A peer that broke the protocol towards the sender.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SenderError {
+    /// An acknowledgement for what was never sent, or one that goes back.
+    #[error("the peer acknowledged chunk {acked}, between {base} and {next} is possible")]
+    BadAck {
+        /// What it acknowledged.
+        acked: u64,
+        /// First unacknowledged chunk.
+        base: u64,
+        /// The next chunk to be made.
+        next: u64,
+    },
+    /// A chunk was refused too often.
+    #[error("the peer refused chunk {0} {MAX_NACKS} times: something between the agents alters data")]
+    Refused(u64),
+    /// A refusal of a chunk that is not in flight.
+    #[error("the peer refused chunk {0}, which is not in flight")]
+    BadNack(u64),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    wire: u64,
+    weight: u64,
+    end: StreamOffset,
+    link: Option<LinkId>,
+    first_sent: Option<Duration>,
+    nacks: u32,
+}
+
+/// What an acknowledgement freed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acked {
+    /// First chunk freed.
+    pub from: Seq,
+    /// The chunk after the last freed.
+    pub to: Seq,
+    /// From first transmission to acknowledgement, for each freed chunk.
+    pub latencies: Vec<Duration>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Sender {
+    base: Seq,
+    entries: VecDeque<Entry>,
+    waiting: BTreeSet<Seq>,
+    links: BTreeMap<LinkId, u32>,
+    window: u64,
+    unacked_weight: u64,
+    unacked_wire: u64,
+    applied: StreamOffset,
+    retransmitted: u64,
+    pace: Pace,
+}
+
+impl Sender {
+    /// A sender that keeps chunks of at most `window` bytes of weight unacknowledged.
+    pub fn new(window: u64, pace: Pace) -> Self {
+        Sender {
+            base: Seq(0),
+            entries: VecDeque::new(),
+            waiting: BTreeSet::new(),
+            links: BTreeMap::new(),
+            window,
+            unacked_weight: 0,
+            unacked_wire: 0,
+            applied: StreamOffset(0),
+            retransmitted: 0,
+            pace,
+        }
+    }
+
+    /// Whether another chunk may be made now. One is always allowed when nothing is in flight.
+    pub fn has_room(&self) -> bool {
+        self.entries.is_empty()
+            || (self.unacked_weight + MAX_RAW_PAYLOAD as u64 <= self.window
+                && self.unacked_wire < self.pace.target())
+    }
+
+    /// Takes the next chunk: its bytes on the wire, its [`weight`](crate::chunk::ChunkHeader::weight), and where it ends in the
+    /// VMM's stream.
+    pub fn push(&mut self, wire: u64, weight: u64, end: StreamOffset) -> Seq {
+        let seq = Seq(self.base.0 + self.entries.len() as u64);
+        self.entries.push_back(Entry { wire, weight, end, link: None, first_sent: None, nacks: 0 });
+        self.unacked_weight += weight;
+        self.unacked_wire += wire;
+        self.waiting.insert(seq);
+        seq
+    }
+
+    /// A connection is there to be used.
+    pub fn link_up(&mut self, link: LinkId) {
+        self.links.insert(link, 0);
+    }
+
+    /// A connection is gone; what was on it and not acknowledged waits for another.
+    pub fn link_down(&mut self, link: LinkId) {
+        self.links.remove(&link);
+        for (i, entry) in self.entries.iter_mut().enumerate() {
+            if entry.link == Some(link) {
+                entry.link = None;
+                self.waiting.insert(Seq(self.base.0 + i as u64));
+            }
+        }
+    }
+
+    /// The next chunk to hand to a connection's writer: the oldest one, to the connection with the shortest queue.
+    pub fn poll_transmit(&mut self, now: Duration) -> Option<(LinkId, Seq)> {
+        let (&link, _) = self.links.iter().filter(|(_, q)| **q < LINK_QUEUE).min_by_key(|(_, q)| **q)?;
+        let seq = self.waiting.pop_first()?;
+        *self.links.entry(link).or_default() += 1;
+        if let Some(entry) = self.entries.get_mut((seq.0 - self.base.0) as usize) {
+            entry.link = Some(link);
+            match entry.first_sent {
+                None => entry.first_sent = Some(now),
+                Some(_) => self.retransmitted += 1,
+            }
+        }
+        Some((link, seq))
+    }
+
+    /// A connection's writer has written one chunk and can take another.
+    pub fn written(&mut self, link: LinkId) {
+        if let Some(queue) = self.links.get_mut(&link) {
+            *queue = queue.saturating_sub(1);
+        }
+    }
+
+    /// The peer has applied everything before `next`, and the VMM's stream up to `applied`.
+    pub fn ack(&mut self, next: Seq, applied: StreamOffset, now: Duration) -> Result<Acked, SenderError> {
+        let end = self.base.0 + self.entries.len() as u64;
+        if next < self.base || next.0 > end {
+            return Err(SenderError::BadAck { acked: next.0, base: self.base.0, next: end });
+        }
+        let freed = (next.0 - self.base.0) as usize;
+        let mut acked = Acked { from: self.base, to: next, latencies: Vec::with_capacity(freed) };
+        let mut bytes = 0;
+        for entry in self.entries.drain(..freed) {
+            bytes += entry.wire;
+            self.unacked_weight -= entry.weight;
+            self.unacked_wire -= entry.wire;
+            self.applied = entry.end;
+            acked.latencies.extend(entry.first_sent.map(|sent| now.saturating_sub(sent)));
+        }
+        self.base = next;
+        self.waiting = self.waiting.split_off(&next);
+        if applied != self.applied {
+            return Err(SenderError::BadAck { acked: next.0, base: acked.from.0, next: end });
+        }
+        if bytes > 0 {
+            self.pace.acked(bytes, now, self.is_idle());
+        }
+        Ok(acked)
+    }
+
+    /// The peer refused a chunk's payload: it is sent again, a few times.
+    pub fn nack(&mut self, seq: Seq) -> Result<(), SenderError> {
+        let entry = seq.0.checked_sub(self.base.0).and_then(|i| self.entries.get_mut(i as usize));
+        let entry = entry.filter(|e| e.link.is_some()).ok_or(SenderError::BadNack(seq.0))?;
+        entry.nacks += 1;
+        if entry.nacks >= MAX_NACKS {
+            return Err(SenderError::Refused(seq.0));
+        }
+        entry.link = None;
+        self.waiting.insert(seq);
+        Ok(())
+    }
+
+    /// Whether everything pushed was acknowledged.
+    pub fn is_idle(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Bytes on the wire and not acknowledged.
+    pub fn unacked(&self) -> u64 {
+        self.unacked_wire
+    }
+
+    /// The offset in the VMM's stream up to which the peer has applied everything.
+    pub fn applied(&self) -> StreamOffset {
+        self.applied
+    }
+
+    /// Chunks sent more than once, counted each time.
+    pub fn retransmitted(&self) -> u64 {
+        self.retransmitted
+    }
+
+    /// The pace, to be fed with round trips and asked for the rate.
+    pub fn pace(&mut self) -> &mut Pace {
+        &mut self.pace
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T: Duration = Duration::from_millis(1);
+
+    fn sender() -> Sender {
+        Sender::new(64 << 20, Pace::new(Duration::from_secs(1)))
+    }
+
+    fn filled(chunks: u64) -> Sender {
+        let mut sender = sender();
+        for i in 0..chunks {
+            assert_eq!(sender.push(100, 400, StreamOffset(1000 * (i + 1))), Seq(i));
+        }
+        sender
+    }
+
+    #[test]
+    fn chunks_spread_over_the_links_oldest_first() {
+        let mut sender = filled(5);
+        assert_eq!(sender.poll_transmit(T), None);
+        sender.link_up(LinkId(0));
+        sender.link_up(LinkId(1));
+        let sent: Vec<_> = std::iter::from_fn(|| sender.poll_transmit(T)).collect();
+        let expected = [(0, 0), (1, 1), (0, 2), (1, 3)].map(|(link, seq)| (LinkId(link), Seq(seq))).to_vec();
+        assert_eq!(sent, expected);
+        sender.written(LinkId(1));
+        assert_eq!(sender.poll_transmit(T), Some((LinkId(1), Seq(4))));
+    }
+
+    #[test]
+    fn a_lost_link_sends_again_only_what_was_not_acknowledged() {
+        let mut sender = filled(4);
+        sender.link_up(LinkId(0));
+        sender.link_up(LinkId(1));
+        while sender.poll_transmit(T).is_some() {}
+        sender.ack(Seq(1), StreamOffset(1000), T).unwrap();
+        sender.link_down(LinkId(0));
+        sender.link_up(LinkId(2));
+        // 0 and 2 were on the lost link; 0 is acknowledged.
+        assert_eq!(sender.poll_transmit(T), Some((LinkId(2), Seq(2))));
+        assert_eq!(sender.poll_transmit(T), None);
+        assert_eq!(sender.retransmitted(), 1);
+    }
+
+    #[test]
+    fn forged_ack_of_what_was_not_sent_is_refused() {
+        let mut sender = filled(2);
+        assert!(matches!(sender.ack(Seq(3), StreamOffset(3000), T), Err(SenderError::BadAck { .. })));
+        let mut sender = filled(2);
+        assert!(matches!(sender.ack(Seq(1), StreamOffset(9), T), Err(SenderError::BadAck { .. })));
+        let mut sender = filled(2);
+        sender.ack(Seq(2), StreamOffset(2000), T).unwrap();
+        assert!(matches!(sender.ack(Seq(1), StreamOffset(1000), T), Err(SenderError::BadAck { .. })));
+        assert!(sender.is_idle());
+    }
+
+    #[test]
+    fn a_refused_chunk_goes_again_but_not_for_ever() {
+        let mut sender = filled(1);
+        sender.link_up(LinkId(0));
+        assert_eq!(sender.nack(Seq(0)), Err(SenderError::BadNack(0)));
+        for _ in 1..MAX_NACKS {
+            assert_eq!(sender.poll_transmit(T), Some((LinkId(0), Seq(0))));
+            sender.written(LinkId(0));
+            sender.nack(Seq(0)).unwrap();
+        }
+        sender.poll_transmit(T).unwrap();
+        assert_eq!(sender.nack(Seq(0)), Err(SenderError::Refused(0)));
+    }
+
+    #[test]
+    fn the_window_bounds_what_is_in_flight() {
+        let window = 3 * MAX_RAW_PAYLOAD as u64;
+        let mut sender = Sender::new(window, Pace::new(Duration::from_secs(1)));
+        let mut pushed = 0;
+        while sender.has_room() {
+            pushed += 1;
+            sender.push(10, MAX_RAW_PAYLOAD as u64, StreamOffset(pushed));
+        }
+        assert_eq!(pushed, 3);
+        sender.ack(Seq(1), StreamOffset(1), T).unwrap();
+        assert!(sender.has_room());
+    }
+}
