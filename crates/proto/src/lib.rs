@@ -7,6 +7,7 @@
 //! | [`frame`], [`message`] | what follows what on a connection; the sequence of a migration |
 //! | [`negotiate`], [`session`] | what both sides agree on, and the id that binds everything signed later to it |
 //! | [`sender`], [`receiver`], [`pace`] | the state machines of path v3 |
+//! | [`units`] | sizes, rates and durations as people write them |
 
 pub mod chunk;
 pub mod frame;
@@ -20,6 +21,7 @@ pub mod receiver;
 pub mod record;
 pub mod sender;
 pub mod session;
+pub mod units;
 
 pub use chunk::{ChunkHeader, Codec, EncodedChunk, SealedChunk, Sealer, VerifiedChunk, Verifier};
 pub use identity::{KeyError, NodeKey, PeerKey};
