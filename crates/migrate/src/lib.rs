@@ -1,6 +1,7 @@
 //! (being laid)
 pub mod engine;
 pub mod error;
+pub mod metrics;
 pub mod spec;
 pub mod status;
 
