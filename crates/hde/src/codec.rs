@@ -1,0 +1,137 @@
+//! Codecs: how a chunk's payload is compressed, with contexts that are made once and reused.
+
+use lz4_flex::block::{self, CompressTable};
+use zstd_safe::{CCtx, DCtx};
+
+use crate::zstd_frame::{self, FrameError};
+
+/// How a chunk's payload is compressed. The number is what the chunk's header carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Codec {
+    /// As it is.
+    Raw = 0,
+    /// One LZ4 block.
+    Lz4 = 1,
+    /// One zstd frame.
+    Zstd = 2,
+}
+
+impl Codec {
+    /// The codec of a wire number.
+    pub fn from_wire(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Codec::Raw),
+            1 => Some(Codec::Lz4),
+            2 => Some(Codec::Zstd),
+            _ => None,
+        }
+    }
+
+    /// Its name in status and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Codec::Raw => "raw",
+            Codec::Lz4 => "lz4",
+            Codec::Zstd => "zstd",
+        }
+    }
+}
+
+/// The contexts of one encoding worker.
+pub(crate) struct Compressor {
+    lz4: CompressTable,
+    zstd: CCtx<'static>,
+    /// Grows to the bound of the largest payload and stays.
+    out: Vec<u8>,
+}
+
+impl Compressor {
+    pub(crate) fn new() -> Self {
+        Compressor { lz4: CompressTable::large(), zstd: CCtx::create(), out: Vec::new() }
+    }
+
+    /// `raw` as one LZ4 block; `None` if the library refuses, which leaves the payload raw.
+    pub(crate) fn lz4(&mut self, raw: &[u8]) -> Option<&[u8]> {
+        let out = scratch(&mut self.out, block::get_maximum_output_size(raw.len()));
+        let len = block::compress_into_with_table(raw, out, &mut self.lz4).ok()?;
+        out.get(..len)
+    }
+
+    /// `raw` as one zstd frame with its content size; `None` as with [`lz4`](Self::lz4).
+    pub(crate) fn zstd(&mut self, raw: &[u8], level: i32) -> Option<&[u8]> {
+        let out = scratch(&mut self.out, zstd_safe::compress_bound(raw.len()));
+        let len = self.zstd.compress(out, raw, level).ok()?;
+        out.get(..len)
+    }
+}
+
+/// The contexts of one decoding worker.
+pub(crate) struct Decompressor {
+    zstd: DCtx<'static>,
+    out: Vec<u8>,
+}
+
+/// Why a payload does not decompress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Length,
+    Frame(FrameError),
+    Corrupt,
+}
+
+/// LZ4 spends a byte on at most this many of output, so a length announced beyond it is a lie.
+const LZ4_MAX_RATIO: usize = 255;
+
+impl Decompressor {
+    pub(crate) fn new() -> Self {
+        Decompressor { zstd: DCtx::create(), out: Vec::new() }
+    }
+
+    /// The `raw_len` bytes that `payload` stands for. The caller has held `raw_len` against its limit; everything
+    /// else that can be known from the payload's own header is checked before memory is taken.
+    pub(crate) fn decompress<'a>(
+        &'a mut self,
+        codec: Codec,
+        payload: &'a [u8],
+        raw_len: usize,
+    ) -> Result<&'a [u8], Refusal> {
+        match codec {
+            Codec::Raw if payload.len() == raw_len => Ok(payload),
+            Codec::Raw => Err(Refusal::Length),
+            Codec::Lz4 => {
+                if raw_len > payload.len().saturating_mul(LZ4_MAX_RATIO) {
+                    return Err(Refusal::Length);
+                }
+                let out = scratch(&mut self.out, raw_len);
+                match block::decompress_into(payload, out) {
+                    Ok(len) if len == raw_len => Ok(out),
+                    _ => Err(Refusal::Corrupt),
+                }
+            }
+            Codec::Zstd => {
+                zstd_frame::check(payload, raw_len).map_err(Refusal::Frame)?;
+                let out = scratch(&mut self.out, raw_len);
+                match self.zstd.decompress(out, payload) {
+                    Ok(len) if len == raw_len => Ok(out),
+                    _ => Err(Refusal::Corrupt),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+impl Decompressor {
+    pub(crate) fn memory(&self) -> usize {
+        self.out.capacity()
+    }
+}
+
+/// The first `len` bytes of a buffer that only ever grows; its bytes are zeroed once, not per chunk.
+fn scratch(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    &mut buffer[..len]
+}

@@ -1,0 +1,101 @@
+//! A chunk's payload back to records.
+
+use dwcp_proto::limits::{MAX_RAW_PAYLOAD, MAX_SEGMENT_BYTES, MAX_WIRE_PAYLOAD};
+
+use crate::codec::{Codec, Decompressor, Refusal};
+use crate::content::{Content, Table};
+use crate::format::TableError;
+use crate::zstd_frame::FrameError;
+
+/// Why a payload was refused. Its signature was right, so its sender is at fault: the session ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// A length is over its limit, or cannot belong to this payload.
+    #[error("the payload's {what} of {len} bytes is out of bounds")]
+    Length {
+        /// Which length.
+        what: &'static str,
+        /// How much it says.
+        len: usize,
+    },
+    /// The zstd frame asks for something that is not granted.
+    #[error("zstd frame refused")]
+    Frame(#[from] FrameError),
+    /// The payload does not decompress to the announced length.
+    #[error("the {} payload does not decompress to the announced {raw_len} bytes", codec.name())]
+    Corrupt {
+        /// The payload's codec.
+        codec: Codec,
+        /// The announced length.
+        raw_len: usize,
+    },
+    /// The payload's header or table of records is wrong.
+    #[error("table of records refused")]
+    Table(#[from] TableError),
+}
+
+/// Decodes chunks, one after the other and in any order; each worker has its own.
+pub struct Decoder {
+    decompressor: Decompressor,
+    table: Table,
+}
+
+impl Decoder {
+    /// A decoder without memory yet.
+    pub fn new() -> Self {
+        Decoder { decompressor: Decompressor::new(), table: Table::default() }
+    }
+
+    /// Opens a payload: decompresses it if need be and checks all of it. The content lends from `payload` (raw) or from
+    /// the decoder's buffer, so no page is copied here.
+    ///
+    /// `raw_len` and `stream_len` are the lengths that the chunk's header announces. Only the payload of a verified
+    /// chunk may be given to it.
+    pub fn open<'a>(
+        &'a mut self,
+        codec: Codec,
+        payload: &'a [u8],
+        raw_len: usize,
+        stream_len: usize,
+    ) -> Result<Content<'a>, DecodeError> {
+        within("wire length", payload.len(), MAX_WIRE_PAYLOAD)?;
+        within("raw length", raw_len, MAX_RAW_PAYLOAD)?;
+        within("stream length", stream_len, MAX_SEGMENT_BYTES)?;
+        let raw = self.decompressor.decompress(codec, payload, raw_len).map_err(|refusal| match refusal {
+            Refusal::Length => DecodeError::Length { what: "raw length", len: raw_len },
+            Refusal::Frame(error) => DecodeError::Frame(error),
+            Refusal::Corrupt => DecodeError::Corrupt { codec, raw_len },
+        })?;
+        Ok(Content::parse(raw, stream_len, &mut self.table)?)
+    }
+
+    /// Appends the payload's stretch of the VMM's stream to `out`, exactly `stream_len` bytes; nothing if it is
+    /// refused. See [`open`](Self::open).
+    pub fn decode(
+        &mut self,
+        codec: Codec,
+        payload: &[u8],
+        raw_len: usize,
+        stream_len: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), DecodeError> {
+        self.open(codec, payload, raw_len, stream_len)?.write_stream(out);
+        Ok(())
+    }
+
+    /// Bytes held for decompression.
+    #[cfg(test)]
+    pub(crate) fn memory(&self) -> usize {
+        self.decompressor.memory()
+    }
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn within(what: &'static str, len: usize, limit: usize) -> Result<(), DecodeError> {
+    if len <= limit { Ok(()) } else { Err(DecodeError::Length { what, len }) }
+}

@@ -1,0 +1,181 @@
+//! A segment of the VMM's stream to a chunk's payload.
+
+use std::ops::AddAssign;
+
+use dwcp_proto::{Segment, StreamOffset};
+
+use crate::codec::{Codec, Compressor};
+use crate::layout::Layout;
+use crate::sample;
+
+/// Compression that saves less than one part in this many is not worth the receiver's time.
+const MIN_SAVING: usize = 32;
+
+/// Which codec a chunk is to get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// None: as fast as memory can be copied.
+    Raw,
+    /// LZ4.
+    Lz4,
+    /// zstd at this level; negative ones are faster.
+    Zstd(i32),
+    /// zstd at this level, but raw without trying where a sample of the chunk looks incompressible.
+    Sampled(i32),
+}
+
+/// What became of a segment, beside its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Encoded {
+    /// How the payload is compressed.
+    pub codec: Codec,
+    /// Bytes of the payload before compression.
+    pub raw_len: u32,
+    /// Why the payload is raw although compression was wanted.
+    pub fallback: Option<Fallback>,
+    /// What was in it.
+    pub stats: Stats,
+}
+
+/// Why a chunk that was to be compressed is sent raw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Fallback {
+    /// A sample looked incompressible.
+    Incompressible,
+    /// It was tried and saved too little.
+    NoGain,
+}
+
+impl Fallback {
+    /// Its name in status and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Fallback::Incompressible => "incompressible",
+            Fallback::NoGain => "no_gain",
+        }
+    }
+}
+
+/// What the layers saw and did; sums up over chunks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Full-page records that went through the codec.
+    pub pages: u64,
+    /// Full-page records of pages that were all zero: only their place is sent.
+    pub blank_pages: u64,
+    /// Zero-page records.
+    pub zero_pages: u64,
+    /// Bytes that are not guest pages.
+    pub opaque_bytes: u64,
+    /// Bytes of the VMM's stream.
+    pub stream_bytes: u64,
+    /// Bytes of the payload as it is sent.
+    pub payload_bytes: u64,
+}
+
+impl AddAssign for Stats {
+    fn add_assign(&mut self, other: Stats) {
+        self.pages += other.pages;
+        self.blank_pages += other.blank_pages;
+        self.zero_pages += other.zero_pages;
+        self.opaque_bytes += other.opaque_bytes;
+        self.stream_bytes += other.stream_bytes;
+        self.payload_bytes += other.payload_bytes;
+    }
+}
+
+/// Why a segment cannot be encoded: its source cut it wrongly, which is an error of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// More than a chunk may hold.
+    #[error("the segment at stream offset {offset} has more {what} than a chunk may hold")]
+    TooLarge {
+        /// Where the segment begins.
+        offset: StreamOffset,
+        /// What there is too much of.
+        what: &'static str,
+    },
+    /// The index does not give the segment's bytes.
+    #[error("record {record} of the segment at stream offset {offset} is not what its bytes say")]
+    Mismatch {
+        /// Where the segment begins.
+        offset: StreamOffset,
+        /// The record's place in the index, or its length if bytes are left over.
+        record: usize,
+    },
+    /// A page comes twice, or after a later page of its block.
+    #[error("record {record} of the segment at stream offset {offset} goes back within its RAM block")]
+    Order {
+        /// Where the segment begins.
+        offset: StreamOffset,
+        /// The record's place in the index.
+        record: usize,
+    },
+}
+
+/// Encodes segments, one after the other; each worker has its own.
+pub struct Encoder {
+    layout: Layout,
+    compressor: Compressor,
+    raw: Vec<u8>,
+}
+
+impl Encoder {
+    /// An encoder without memory yet.
+    pub fn new() -> Self {
+        Encoder { layout: Layout::default(), compressor: Compressor::new(), raw: Vec::new() }
+    }
+
+    /// Encodes `segment` into `payload`, whose content is replaced. A payload is never longer than it would be raw.
+    ///
+    /// Every record is held against the segment's bytes on the way, so what is encoded decodes to exactly these
+    /// bytes; on an error the bytes can still be sent as [`Segment::opaque`].
+    pub fn encode(
+        &mut self,
+        segment: &Segment,
+        choice: Choice,
+        payload: &mut Vec<u8>,
+    ) -> Result<Encoded, EncodeError> {
+        self.layout.read(segment)?;
+        payload.clear();
+        let dense = || sample::incompressible(self.layout.content(&segment.bytes));
+        let (codec, fallback) = match choice {
+            Choice::Raw => (Codec::Raw, None),
+            Choice::Sampled(_) if dense() => (Codec::Raw, Some(Fallback::Incompressible)),
+            Choice::Lz4 => (Codec::Lz4, None),
+            Choice::Zstd(_) | Choice::Sampled(_) => (Codec::Zstd, None),
+        };
+        if codec == Codec::Raw {
+            self.layout.gather(&segment.bytes, payload);
+            return Ok(self.encoded(codec, payload.len(), fallback, payload));
+        }
+        self.raw.clear();
+        self.layout.gather(&segment.bytes, &mut self.raw);
+        let raw_len = self.raw.len();
+        let compressed = match choice {
+            Choice::Zstd(level) | Choice::Sampled(level) => self.compressor.zstd(&self.raw, level),
+            Choice::Raw | Choice::Lz4 => self.compressor.lz4(&self.raw),
+        };
+        match compressed {
+            Some(compressed) if compressed.len() < raw_len - raw_len / MIN_SAVING => {
+                payload.extend_from_slice(compressed);
+                Ok(self.encoded(codec, raw_len, None, payload))
+            }
+            _ => {
+                std::mem::swap(payload, &mut self.raw);
+                Ok(self.encoded(Codec::Raw, raw_len, Some(Fallback::NoGain), payload))
+            }
+        }
+    }
+
+    fn encoded(&self, codec: Codec, raw_len: usize, fallback: Option<Fallback>, payload: &[u8]) -> Encoded {
+        let stats = Stats { payload_bytes: payload.len() as u64, ..self.layout.stats() };
+        Encoded { codec, raw_len: raw_len as u32, fallback, stats }
+    }
+}
+
+impl Default for Encoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,237 @@
+//! The payload of a chunk before compression: its specification, and the pieces both directions share.
+//!
+//! # Layout, version 1
+//!
+//! Fixed integers are big-endian. Like lies by like, because that compresses best and because the pages, by far
+//! the most of it, are then one slice:
+//!
+//! ```text
+//! offset  bytes                what
+//!      0  1                    version: HDE_VERSION
+//!      1  1                    0
+//!      2  2                    names: how many block names the table begins with
+//!      4  4                    table_len: bytes of the table
+//!      8  4                    opaque_len: bytes of opaque content
+//!     12  4                    pages: how many stored pages
+//!     16  table_len            table: names, then operations up to its end
+//!      …  opaque_len           the opaque content, joined in stream order
+//!      …  pages × PAGE_SIZE    the stored pages, joined in stream order
+//! ```
+//!
+//! The parts fill the payload exactly; its length is at most `MAX_RAW_PAYLOAD`.
+//!
+//! # Table
+//!
+//! A *name* is one byte of length and as many bytes, as in QEMU's stream. Names ascend strictly, byte by byte, so
+//! each occurs once. A chunk carries every name it needs, so it can be decoded alone, in any order.
+//!
+//! An *operation* is a byte and then unsigned varints (LEB128, seven bits a byte, low bits first, shortest form
+//! only). It stands for one or more records of the VMM's stream; operations are in stream order.
+//!
+//! | byte | operation | varints | stands for |
+//! |---|---|---|---|
+//! | 0x01 | opaque | `len` | the next `len` bytes of the opaque content |
+//! | 0x02 | pages | `block gap count` | `count` full-page records, content from the stored pages |
+//! | 0x03 | zeros | `block gap count` | `count` zero-page records |
+//! | 0x04 | blanks | `block gap count` | `count` full-page records whose content is all zero; nothing is stored |
+//! | 0x05–0x0f | reserved | | unchanged page, reference within the VM, delta with the page's own hash |
+//!
+//! Bit 0x80 (`NAMED`) may be set on 0x02 to 0x04: the first record of the run carries the block's name. Otherwise it
+//! has the CONTINUE flag, as all further records of a run have; then its block must be that of the run before it in
+//! the chunk, if there is one. Any other byte is refused.
+//!
+//! `block` is an index into the chunk's names. `gap` counts the pages of that block between the run before it in
+//! this chunk (at first: the start of the block) and this run. So the pages of a block ascend strictly within a chunk,
+//! and a page that occurs twice cannot be written down. `len` and `count` are at least 1.
+//!
+//! # What the records become in the stream
+//!
+//! Per page a big-endian word, page index × `PAGE_SIZE` | flags; the name's length and bytes if `NAMED`; then
+//! the page, or for a zero-page record one zero byte (see [`dwcp_proto::record`]).
+//!
+//! # Limits
+//!
+//! Full-page records: `MAX_CHUNK_PAGES_BYTES`. Records, each opaque run counting as one: `MAX_SEGMENT_RECORDS`.
+//! Names: `MAX_BLOCKS`. Bytes of the stream: `MAX_SEGMENT_BYTES`, and exactly what the chunk's header announces. Page
+//! index: below 2⁵². A receiver that writes to RAM checks a page against the size of its block besides.
+//!
+//! # Codecs
+//!
+//! The chunk's codec covers the whole payload: *raw* as it is; *lz4*, one block; *zstd*, one frame with its content
+//! size, without dictionary id, its window at most [`MAX_WINDOW`]. The announced raw length is exact.
+//!
+//! # Versions
+//!
+//! A decoder refuses a version or an operation that it does not know. A new operation, codec or lane with a longer
+//! window needs a new version or codec number, agreed at negotiation.
+
+use dwcp_proto::limits::{
+    MAX_BLOCK_NAME, MAX_RAW_PAYLOAD, MAX_SEGMENT_BYTES, MAX_SEGMENT_RECORDS, PAGE_SIZE,
+};
+
+/// The version of the payload that this crate writes and reads.
+pub const HDE_VERSION: u8 = 1;
+
+/// Bytes of a zstd frame's window: what a payload of the greatest length can use, rounded up to a power of two.
+pub const MAX_WINDOW: u64 = (MAX_RAW_PAYLOAD as u64).next_power_of_two();
+
+/// Page indexes end here: a record word holds index × page size in 64 bits.
+pub(crate) const PAGE_INDEX_END: u64 = 1 << (64 - PAGE_SIZE.trailing_zeros());
+
+pub(crate) const OP_OPAQUE: u8 = 0x01;
+pub(crate) const OP_PAGES: u8 = 0x02;
+pub(crate) const OP_ZEROS: u8 = 0x03;
+pub(crate) const OP_BLANKS: u8 = 0x04;
+pub(crate) const NAMED: u8 = 0x80;
+
+/// An operation is a byte, a block (2 bytes of varint), a gap (8) and a count (2).
+const MAX_OPERATION: usize = 13;
+
+// Whatever segment keeps the limits has a payload that does: its names and content are in the stream as well, but for
+// one name that an earlier segment wrote.
+const _: () = assert!(
+    MAX_SEGMENT_BYTES + Header::LEN + MAX_SEGMENT_RECORDS * MAX_OPERATION + 1 + MAX_BLOCK_NAME
+        <= MAX_RAW_PAYLOAD
+);
+
+/// The lengths that a payload begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) names: u16,
+    pub(crate) table_len: u32,
+    pub(crate) opaque_len: u32,
+    pub(crate) pages: u32,
+}
+
+impl Header {
+    pub(crate) const LEN: usize = 16;
+
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&[HDE_VERSION, 0]);
+        out.extend_from_slice(&self.names.to_be_bytes());
+        out.extend_from_slice(&self.table_len.to_be_bytes());
+        out.extend_from_slice(&self.opaque_len.to_be_bytes());
+        out.extend_from_slice(&self.pages.to_be_bytes());
+    }
+
+    /// The header and what follows it.
+    pub(crate) fn read(payload: &[u8]) -> Result<(Self, &[u8]), TableError> {
+        let (head, rest) = payload.split_first_chunk::<{ Self::LEN }>().ok_or(TableError::Lengths)?;
+        let [version, zero, n0, n1, t0, t1, t2, t3, o0, o1, o2, o3, p0, p1, p2, p3] = *head;
+        if version != HDE_VERSION || zero != 0 {
+            return Err(TableError::Version(version));
+        }
+        let header = Header {
+            names: u16::from_be_bytes([n0, n1]),
+            table_len: u32::from_be_bytes([t0, t1, t2, t3]),
+            opaque_len: u32::from_be_bytes([o0, o1, o2, o3]),
+            pages: u32::from_be_bytes([p0, p1, p2, p3]),
+        };
+        Ok((header, rest))
+    }
+}
+
+/// What is wrong with a payload's header or table. The sender is at fault: a right one never writes such a payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TableError {
+    /// The payload's version is not [`HDE_VERSION`].
+    #[error("payload version {0} is not known here")]
+    Version(u8),
+    /// The header's lengths do not fill the payload exactly, or exceed a limit.
+    #[error("the payload's lengths do not fit it")]
+    Lengths,
+    /// A name is cut off, or does not come after the one before it.
+    #[error("the table's block names are cut off or out of order")]
+    Names,
+    /// A byte that starts no known operation.
+    #[error("operation {0:#04x} is not known")]
+    Operation(u8),
+    /// A varint is cut off, too long, or not in its shortest form.
+    #[error("a number in the table is malformed")]
+    Number,
+    /// A run that is empty.
+    #[error("an operation stands for nothing")]
+    Empty,
+    /// More records or more bytes of pages than a chunk may hold.
+    #[error("the table holds more records than a chunk may")]
+    TooMany,
+    /// A run of a block that the table does not name.
+    #[error("a run refers to block {0}, which the table does not name")]
+    Block(u64),
+    /// A run that claims to continue another block than the one before it.
+    #[error("a run continues another block than the one before it")]
+    Continues,
+    /// A page index past what a record word can hold.
+    #[error("a page lies outside any RAM block")]
+    PageIndex,
+    /// The table uses more or fewer opaque bytes or stored pages than there are.
+    #[error("the table does not use up the content exactly")]
+    Content,
+    /// The records give another number of stream bytes than the chunk announces.
+    #[error("the records give {actual} bytes of stream, not {announced}")]
+    StreamLength {
+        /// What the records give.
+        actual: usize,
+        /// What the chunk's header says.
+        announced: usize,
+    },
+}
+
+pub(crate) fn write_varint(mut value: u64, out: &mut Vec<u8>) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+/// Reads a varint off the front of `bytes`.
+pub(crate) fn read_varint(bytes: &mut &[u8]) -> Result<u64, TableError> {
+    let mut value = 0u64;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = bytes.split_first().ok_or(TableError::Number)?;
+        *bytes = rest;
+        let bits = u64::from(byte & 0x7f);
+        if (bits << shift) >> shift != bits || (byte == 0 && shift > 0) {
+            return Err(TableError::Number);
+        }
+        value |= bits << shift;
+        if byte < 0x80 {
+            return Ok(value);
+        }
+    }
+    Err(TableError::Number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_varint_has_one_form() {
+        for value in [0, 1, 127, 128, 300, 1 << 52, u64::MAX] {
+            let mut bytes = Vec::new();
+            write_varint(value, &mut bytes);
+            assert_eq!(read_varint(&mut &bytes[..]), Ok(value));
+            assert_eq!(read_varint(&mut &bytes[..bytes.len() - 1]), Err(TableError::Number));
+        }
+        let too_long: [&[u8]; 4] = [&[0x80, 0], &[0xff, 0x80, 0], &[0xff; 10], &[0xff; 11]];
+        for bytes in too_long {
+            assert_eq!(read_varint(&mut &bytes[..]), Err(TableError::Number), "{bytes:x?}");
+        }
+        let past_64_bits = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02];
+        assert_eq!(read_varint(&mut &past_64_bits[..]), Err(TableError::Number));
+    }
+
+    #[test]
+    fn the_header_round_trips_and_refuses_another_version() {
+        let header = Header { names: 2, table_len: 300, opaque_len: 70_000, pages: 256 };
+        let mut bytes = Vec::new();
+        header.write(&mut bytes);
+        assert_eq!(bytes.len(), Header::LEN);
+        assert_eq!(Header::read(&bytes), Ok((header, &[][..])));
+        bytes[0] = 2;
+        assert_eq!(Header::read(&bytes), Err(TableError::Version(2)));
+        assert_eq!(Header::read(&bytes[1..]), Err(TableError::Lengths));
+    }
+}

@@ -1,0 +1,264 @@
+//! A segment read against its index: where each part of a payload lies in the VMM's stream.
+
+use std::ops::Range;
+
+use dwcp_proto::limits::{MAX_CHUNK_PAGES_BYTES, MAX_SEGMENT_BYTES, MAX_SEGMENT_RECORDS, PAGE_SIZE};
+use dwcp_proto::record::{FLAG_CONTINUE, FLAG_PAGE, FLAG_ZERO};
+use dwcp_proto::{BlockNames, RamBlockId, Record, Run, Segment};
+
+use crate::encode::{EncodeError, Stats};
+use crate::format::{Header, NAMED, OP_BLANKS, OP_OPAQUE, OP_PAGES, OP_ZEROS, PAGE_INDEX_END, write_varint};
+
+static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+/// The table of a payload, and the places in the segment's bytes that its content comes from. An encoder keeps it from chunk
+/// to chunk.
+#[derive(Debug, Default)]
+pub(crate) struct Layout {
+    /// Names and operations, as in the payload.
+    table: Vec<u8>,
+    /// The blocks in this chunk, in the order of their names.
+    used: Vec<RamBlockId>,
+    /// Per block of the segment's names: its place in `used`.
+    slots: Vec<Option<u16>>,
+    /// Per place in `used`: the first page that may come next.
+    next: Vec<u64>,
+    last_block: Option<RamBlockId>,
+    opaque: Vec<Range<usize>>,
+    /// Where each stored page begins.
+    pages: Vec<usize>,
+    stats: Stats,
+}
+
+/// What is wrong with one record of a segment.
+enum Fault {
+    Mismatch,
+    Order,
+}
+
+impl Layout {
+    /// Reads `segment`, holding every word and name in its bytes against the index: whatever is read so decodes to the
+    /// same bytes.
+    pub(crate) fn read(&mut self, segment: &Segment) -> Result<(), EncodeError> {
+        let offset = segment.offset;
+        check_limits(segment)?;
+        self.reset(&segment.names);
+        let fault = |(record, fault)| match fault {
+            Fault::Mismatch => EncodeError::Mismatch { offset, record },
+            Fault::Order => EncodeError::Order { offset, record },
+        };
+        self.write_names(segment).map_err(fault)?;
+        let mut cursor = Cursor { bytes: &segment.bytes, at: 0 };
+        for (index, record) in segment.records.iter().enumerate() {
+            self.read_record(record, &segment.names, &mut cursor).map_err(|f| fault((index, f)))?;
+        }
+        if cursor.at != segment.bytes.len() {
+            return Err(EncodeError::Mismatch { offset, record: segment.records.len() });
+        }
+        self.stats.stream_bytes = segment.bytes.len() as u64;
+        Ok(())
+    }
+
+    /// What was counted while reading.
+    pub(crate) fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// Appends the payload before compression; `bytes` are the segment's.
+    pub(crate) fn gather(&self, bytes: &[u8], out: &mut Vec<u8>) {
+        let header = Header {
+            names: self.used.len() as u16,
+            table_len: self.table.len() as u32,
+            opaque_len: self.stats.opaque_bytes as u32,
+            pages: self.pages.len() as u32,
+        };
+        out.reserve(
+            Header::LEN + self.table.len() + header.opaque_len as usize + self.pages.len() * PAGE_SIZE,
+        );
+        header.write(out);
+        out.extend_from_slice(&self.table);
+        for slice in self.content(bytes) {
+            out.extend_from_slice(slice);
+        }
+    }
+
+    /// The content to be stored, slice by slice: opaque stretches, then pages.
+    pub(crate) fn content<'a>(&'a self, bytes: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+        let opaque = self.opaque.iter().map(move |range| &bytes[range.clone()]);
+        opaque.chain(self.pages.iter().map(move |&at| &bytes[at..at + PAGE_SIZE]))
+    }
+
+    fn reset(&mut self, names: &BlockNames) {
+        self.table.clear();
+        self.used.clear();
+        self.slots.clear();
+        self.slots.resize(names.len(), None);
+        self.next.clear();
+        self.last_block = None;
+        self.opaque.clear();
+        self.pages.clear();
+        self.stats = Stats::default();
+    }
+
+    /// Finds the blocks in use and writes their names, in ascending order.
+    fn write_names(&mut self, segment: &Segment) -> Result<(), (usize, Fault)> {
+        for (index, record) in segment.records.iter().enumerate() {
+            let (Record::Pages(run) | Record::Zeros(run)) = record else { continue };
+            let slot = self.slots.get_mut(usize::from(run.block.0)).ok_or((index, Fault::Mismatch))?;
+            if slot.is_none() {
+                *slot = Some(0);
+                self.used.push(run.block);
+            }
+        }
+        let name = |block: &RamBlockId| segment.names.name(*block).unwrap_or_default();
+        self.used.sort_unstable_by(|a, b| name(a).cmp(name(b)));
+        for (place, block) in (0..).zip(&self.used) {
+            self.slots[usize::from(block.0)] = Some(place);
+            self.next.push(0);
+            let name = name(block);
+            self.table.push(name.len() as u8);
+            self.table.extend_from_slice(name);
+        }
+        Ok(())
+    }
+
+    fn read_record(
+        &mut self,
+        record: &Record,
+        names: &BlockNames,
+        cursor: &mut Cursor<'_>,
+    ) -> Result<(), Fault> {
+        match *record {
+            Record::Opaque { len } => {
+                let start = cursor.at;
+                cursor.take(len as usize)?;
+                if len == 0 {
+                    return Err(Fault::Mismatch);
+                }
+                self.table.push(OP_OPAQUE);
+                write_varint(u64::from(len), &mut self.table);
+                self.opaque.push(start..cursor.at);
+                self.stats.opaque_bytes += u64::from(len);
+                Ok(())
+            }
+            Record::Zeros(run) => {
+                self.enter(run)?;
+                for place in 0..run.count {
+                    cursor.word(run, place, FLAG_ZERO, names)?;
+                    cursor.expect(&[0])?;
+                }
+                self.stats.zero_pages += u64::from(run.count);
+                self.put(OP_ZEROS, run, 0..run.count)
+            }
+            Record::Pages(run) => self.read_pages(run, names, cursor),
+        }
+    }
+
+    /// Splits a run where pages with content and all-zero pages meet.
+    fn read_pages(&mut self, run: Run, names: &BlockNames, cursor: &mut Cursor<'_>) -> Result<(), Fault> {
+        self.enter(run)?;
+        let operation = |blank| if blank { OP_BLANKS } else { OP_PAGES };
+        let (mut start, mut blank) = (0, false);
+        for place in 0..run.count {
+            cursor.word(run, place, FLAG_PAGE, names)?;
+            let page_at = cursor.at;
+            let is_blank = cursor.take(PAGE_SIZE)? == ZERO_PAGE;
+            if is_blank != blank {
+                self.put(operation(blank), run, start..place)?;
+                (start, blank) = (place, is_blank);
+            }
+            if is_blank {
+                self.stats.blank_pages += 1;
+            } else {
+                self.pages.push(page_at);
+                self.stats.pages += 1;
+            }
+        }
+        self.put(operation(blank), run, start..run.count)
+    }
+
+    /// Checks what holds for a run as a whole.
+    fn enter(&mut self, run: Run) -> Result<(), Fault> {
+        let continues_another = run.continued && self.last_block.is_some_and(|last| last != run.block);
+        let in_range = run.first.0.checked_add(u64::from(run.count)).is_some_and(|end| end <= PAGE_INDEX_END);
+        if run.count == 0 || continues_another || !in_range {
+            return Err(Fault::Mismatch);
+        }
+        self.last_block = Some(run.block);
+        Ok(())
+    }
+
+    /// Writes the operation for a part of a run.
+    fn put(&mut self, operation: u8, run: Run, part: Range<u32>) -> Result<(), Fault> {
+        if part.is_empty() {
+            return Ok(());
+        }
+        let slot = self.slots[usize::from(run.block.0)].unwrap_or_default();
+        let next = &mut self.next[usize::from(slot)];
+        let first = run.first.0 + u64::from(part.start);
+        let gap = first.checked_sub(*next).ok_or(Fault::Order)?;
+        *next = run.first.0 + u64::from(part.end);
+        let named = part.start == 0 && !run.continued;
+        self.table.push(if named { operation | NAMED } else { operation });
+        write_varint(u64::from(slot), &mut self.table);
+        write_varint(gap, &mut self.table);
+        write_varint(u64::from(part.end - part.start), &mut self.table);
+        Ok(())
+    }
+}
+
+fn check_limits(segment: &Segment) -> Result<(), EncodeError> {
+    let (mut records, mut full_pages) = (0u64, 0u64);
+    for record in &segment.records {
+        match record {
+            Record::Opaque { .. } => records += 1,
+            Record::Zeros(run) => records += u64::from(run.count),
+            Record::Pages(run) => {
+                records += u64::from(run.count);
+                full_pages += u64::from(run.count);
+            }
+        }
+    }
+    let too_large = |what| Err(EncodeError::TooLarge { offset: segment.offset, what });
+    if segment.bytes.len() > MAX_SEGMENT_BYTES {
+        return too_large("bytes");
+    }
+    if records > MAX_SEGMENT_RECORDS as u64 {
+        return too_large("records");
+    }
+    if full_pages > (MAX_CHUNK_PAGES_BYTES / PAGE_SIZE) as u64 {
+        return too_large("pages");
+    }
+    Ok(())
+}
+
+struct Cursor<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, len: usize) -> Result<&'a [u8], Fault> {
+        let taken = self.bytes.get(self.at..).and_then(|rest| rest.get(..len)).ok_or(Fault::Mismatch)?;
+        self.at += len;
+        Ok(taken)
+    }
+
+    fn expect(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+        if self.take(bytes.len())? == bytes { Ok(()) } else { Err(Fault::Mismatch) }
+    }
+
+    /// The word, and if need be the name, of the record at `place` of a run.
+    fn word(&mut self, run: Run, place: u32, flag: u64, names: &BlockNames) -> Result<(), Fault> {
+        let named = place == 0 && !run.continued;
+        let modifier = if named { 0 } else { FLAG_CONTINUE };
+        let offset = (run.first.0 + u64::from(place)) * PAGE_SIZE as u64;
+        self.expect(&(offset | flag | modifier).to_be_bytes())?;
+        if named {
+            let name = names.name(run.block).ok_or(Fault::Mismatch)?;
+            self.expect(&[name.len() as u8])?;
+            self.expect(name)?;
+        }
+        Ok(())
+    }
+}

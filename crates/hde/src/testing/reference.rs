@@ -1,0 +1,173 @@
+//! The format once more, as slowly and plainly as it can be read: byte by byte, in numbers too wide to overflow, with
+//! sets where the decoder has an ordering. It shares no code with it, and lets zstd judge its own frames.
+
+use std::collections::BTreeSet;
+
+use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer};
+
+use crate::codec::Codec;
+
+const PAGE: u128 = 4096;
+const MAX_STREAM: u128 = 1024 * 1024 + 128 * 1024;
+const MAX_RAW: u128 = MAX_STREAM + 64 * 1024;
+const MAX_RECORDS: u128 = 4096;
+const MAX_FULL_PAGES: u128 = 256;
+const MAX_NAMES: u128 = 1024;
+const WINDOW_LOG: u32 = 21;
+
+/// The bytes of stream that a payload stands for, or `None` where a decoder has to refuse it.
+pub fn decode(codec: Codec, payload: &[u8], raw_len: usize, stream_len: usize) -> Option<Vec<u8>> {
+    if payload.len() as u128 > MAX_RAW || raw_len as u128 > MAX_RAW || stream_len as u128 > MAX_STREAM {
+        return None;
+    }
+    let raw = match codec {
+        Codec::Raw => payload.to_vec(),
+        Codec::Lz4 => lz4_flex::block::decompress(payload, raw_len).ok()?,
+        Codec::Zstd => zstd(payload, raw_len)?,
+    };
+    if raw.len() != raw_len {
+        return None;
+    }
+    let stream = records(&raw)?;
+    (stream.len() == stream_len).then_some(stream)
+}
+
+/// Decompresses in small steps: only then does the library hold a frame to the window's limit.
+fn zstd(payload: &[u8], raw_len: usize) -> Option<Vec<u8>> {
+    if !payload.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || *payload.get(4)? & 0x03 != 0 {
+        return None;
+    }
+    if zstd_safe::get_frame_content_size(payload).ok()?? != raw_len as u64 {
+        return None;
+    }
+    let mut context = DCtx::create();
+    context.set_parameter(DParameter::WindowLogMax(WINDOW_LOG)).ok()?;
+    let mut input = InBuffer::around(payload);
+    let mut raw = Vec::new();
+    loop {
+        let mut step = [0; 1000];
+        let mut output = OutBuffer::around(&mut step[..]);
+        let before = input.pos();
+        let hint = context.decompress_stream(&mut output, &mut input).ok()?;
+        let written = output.as_slice().len();
+        raw.extend_from_slice(&step[..written]);
+        if hint == 0 {
+            return (input.pos() == payload.len()).then_some(raw);
+        }
+        if written == 0 && input.pos() == before {
+            return None;
+        }
+    }
+}
+
+/// The same for a payload before compression, whatever stream length was announced.
+pub fn records(raw: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = raw.iter().copied();
+    if bytes.next()? != 1 || bytes.next()? != 0 {
+        return None;
+    }
+    let name_count = fixed(&mut bytes, 2)?;
+    let table_len = fixed(&mut bytes, 4)?;
+    let opaque_len = fixed(&mut bytes, 4)?;
+    let page_count = fixed(&mut bytes, 4)?;
+    if name_count > MAX_NAMES || 16 + table_len + opaque_len + page_count * PAGE != raw.len() as u128 {
+        return None;
+    }
+    let mut table = take(&mut bytes, table_len)?.into_iter();
+    let mut opaque = take(&mut bytes, opaque_len)?.into_iter();
+    let mut pages = bytes;
+
+    let mut names = Vec::new();
+    for _ in 0..name_count {
+        let len = u128::from(table.next()?);
+        names.push(take(&mut table, len)?);
+    }
+    let distinct: BTreeSet<_> = names.iter().cloned().collect();
+    if distinct.into_iter().collect::<Vec<_>>() != names {
+        return None;
+    }
+
+    let mut stream = Vec::new();
+    let mut seen: BTreeSet<(u128, u128)> = BTreeSet::new();
+    let mut records = 0;
+    let mut full_pages = 0;
+    let mut last_block = None;
+    while let Some(code) = table.next() {
+        let named = code >= 0x80;
+        match code % 0x80 {
+            1 if !named => {
+                let len = varint(&mut table)?;
+                if len == 0 {
+                    return None;
+                }
+                stream.extend(take(&mut opaque, len)?);
+                records += 1;
+            }
+            kind @ 2..=4 => {
+                let (block, gap, count) = (varint(&mut table)?, varint(&mut table)?, varint(&mut table)?);
+                let name = names.get(usize::try_from(block).ok()?)?;
+                if count == 0 || records + count > MAX_RECORDS {
+                    return None;
+                }
+                let latest = seen.iter().filter(|(of, _)| *of == block).map(|(_, page)| page + 1).max();
+                let first = latest.unwrap_or(0) + gap;
+                for page in first..first + count {
+                    if page * PAGE > u128::from(u64::MAX) || !seen.insert((block, page)) {
+                        return None;
+                    }
+                    let with_name = named && page == first;
+                    if !with_name && last_block.is_some_and(|last| last != block) {
+                        return None;
+                    }
+                    last_block = Some(block);
+                    let flag: u128 = if kind == 3 { 0x02 } else { 0x08 };
+                    let word = page * PAGE + flag + if with_name { 0 } else { 0x20 };
+                    stream.extend_from_slice(&word.to_be_bytes()[8..]);
+                    if with_name {
+                        stream.push(name.len() as u8);
+                        stream.extend_from_slice(name);
+                    }
+                    match kind {
+                        2 => stream.extend(take(&mut pages, PAGE)?),
+                        3 => stream.push(0),
+                        _ => stream.extend([0; PAGE as usize]),
+                    }
+                    records += 1;
+                    full_pages += u128::from(kind != 3);
+                    if full_pages > MAX_FULL_PAGES {
+                        return None;
+                    }
+                }
+            }
+            _ => return None,
+        }
+        if records > MAX_RECORDS || stream.len() as u128 > MAX_STREAM {
+            return None;
+        }
+    }
+    (opaque.next().is_none() && pages.next().is_none()).then_some(stream)
+}
+
+fn fixed(bytes: &mut impl Iterator<Item = u8>, len: u128) -> Option<u128> {
+    Some(take(bytes, len)?.into_iter().fold(0, |value, byte| value * 256 + u128::from(byte)))
+}
+
+fn take(bytes: &mut impl Iterator<Item = u8>, len: u128) -> Option<Vec<u8>> {
+    let taken: Vec<u8> = bytes.take(usize::try_from(len).ok()?).collect();
+    (taken.len() as u128 == len).then_some(taken)
+}
+
+fn varint(bytes: &mut impl Iterator<Item = u8>) -> Option<u128> {
+    let mut value = 0u128;
+    let mut unit = 1u128;
+    for place in 0..10 {
+        let byte = u128::from(bytes.next()?);
+        value += byte % 128 * unit;
+        unit *= 128;
+        if byte < 128 {
+            let shortest = place == 0 || byte != 0;
+            return (shortest && value <= u128::from(u64::MAX)).then_some(value);
+        }
+    }
+    None
+}

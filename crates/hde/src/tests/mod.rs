@@ -1,0 +1,3 @@
+mod attacks;
+mod properties;
+mod round_trip;
