@@ -1,0 +1,138 @@
+//! Tuning and measuring a TCP connection.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+
+use crate::tcp_info::{queued, tcp_info};
+
+/// Settings of a TCP connection. `TCP_NODELAY` is always on: messages are written whole.
+#[derive(Debug, Clone)]
+pub struct Tuning {
+    /// `TCP_USER_TIMEOUT`: how long what was sent may stay unacknowledged before the connection counts as lost.
+    pub user_timeout: Duration,
+    /// How long a connection may be silent before the kernel asks whether the peer is still there, and how often it
+    /// asks again; whole seconds. It gives up after `user_timeout`.
+    pub keepalive: Duration,
+    /// `TCP_NOTSENT_LOWAT`: bytes that may wait unsent in the kernel before a write has to wait. `None` leaves it to
+    /// the size of the send buffer, which is best for throughput and worst for switching over quickly.
+    pub notsent_lowat: Option<u32>,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Tuning {
+            user_timeout: Duration::from_secs(10),
+            keepalive: Duration::from_secs(5),
+            notsent_lowat: Some(256 << 10),
+        }
+    }
+}
+
+impl Tuning {
+    pub(crate) fn apply(&self, stream: &TcpStream) -> io::Result<()> {
+        let socket = SockRef::from(stream);
+        socket.set_tcp_nodelay(true)?;
+        socket.set_tcp_user_timeout(Some(self.user_timeout))?;
+        let keepalive = self.keepalive.max(Duration::from_secs(1));
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(keepalive).with_interval(keepalive))?;
+        if let Some(bytes) = self.notsent_lowat {
+            socket.set_tcp_notsent_lowat(bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// The socket of a connection, held by both of its halves: gauges reach it for as long as one of them lives.
+#[derive(Debug, Clone)]
+pub(crate) struct Socket(Arc<OwnedFd>);
+
+impl Socket {
+    /// A second descriptor of the same socket, since the stream itself disappears into TLS.
+    pub(crate) fn of(stream: &TcpStream) -> io::Result<Self> {
+        Ok(Socket(Arc::new(stream.as_fd().try_clone_to_owned()?)))
+    }
+
+    pub(crate) fn gauge(&self) -> Gauge {
+        Gauge(Arc::downgrade(&self.0))
+    }
+}
+
+/// Measures and adjusts a connection while others read from and write to it. Does not keep it open. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Gauge(Weak<OwnedFd>);
+
+impl Gauge {
+    /// A gauge of what has no socket: it measures nothing.
+    pub(crate) fn none() -> Self {
+        Gauge(Weak::new())
+    }
+
+    /// What the kernel knows now; `None` for a pipe, and once both halves are gone.
+    pub fn sample(&self) -> Option<Sample> {
+        let socket = self.0.upgrade()?;
+        let info = tcp_info(socket.as_fd()).ok()?;
+        let queued = queued(socket.as_fd()).ok()?;
+        let micros = |us: u32| Duration::from_micros(us.into());
+        Some(Sample {
+            rtt: micros(info.tcpi_rtt),
+            rtt_var: micros(info.tcpi_rttvar),
+            min_rtt: micros(info.tcpi_min_rtt),
+            queued,
+            unsent: info.tcpi_notsent_bytes,
+            delivery_rate: info.tcpi_delivery_rate,
+            retransmits: info.tcpi_total_retrans,
+            congestion_window: u64::from(info.tcpi_snd_cwnd).saturating_mul(info.tcpi_snd_mss.into()),
+            bytes_acked: info.tcpi_bytes_acked,
+            bytes_received: info.tcpi_bytes_received,
+        })
+    }
+
+    /// Sets `TCP_NOTSENT_LOWAT`; `None` goes back to the system's default. Nothing happens without a socket.
+    pub fn set_notsent_lowat(&self, bytes: Option<u32>) -> io::Result<()> {
+        match self.0.upgrade() {
+            // Zero is the kernel's word for "use the sysctl".
+            Some(socket) => SockRef::from(&*socket).set_tcp_notsent_lowat(bytes.unwrap_or(0)),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the connection at once, without TLS's goodbye: whoever waits on it here or at the peer meets an end or an
+    /// error. Nothing happens without a socket.
+    pub fn cut(&self) {
+        if let Some(socket) = self.0.upgrade() {
+            // Already disconnected is as good as cut.
+            let _ = SockRef::from(&*socket).shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// A TCP connection at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sample {
+    /// Smoothed round-trip time.
+    pub rtt: Duration,
+    /// Its mean deviation.
+    pub rtt_var: Duration,
+    /// The least round-trip time seen of late.
+    pub min_rtt: Duration,
+    /// Bytes written and not yet acknowledged by the peer's kernel, `unsent` included.
+    pub queued: u32,
+    /// Bytes written and not sent at all yet.
+    pub unsent: u32,
+    /// The most recent rate at which the peer acknowledged, bytes a second.
+    pub delivery_rate: u64,
+    /// Segments sent more than once, since the start.
+    pub retransmits: u32,
+    /// Bytes that may be under way.
+    pub congestion_window: u64,
+    /// Bytes that the peer acknowledged, since the start.
+    pub bytes_acked: u64,
+    /// Bytes received, since the start.
+    pub bytes_received: u64,
+}

@@ -1,0 +1,7 @@
+//! Connections over real sockets on the loopback interface.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+mod listener;
+mod tls;
