@@ -1,42 +1,10 @@
 //! Codecs: how a chunk's payload is compressed, with contexts that are made once and reused.
 
+use dwcp_proto::Codec;
 use lz4_flex::block::{self, CompressTable};
 use zstd_safe::{CCtx, DCtx};
 
 use crate::zstd_frame::{self, FrameError};
-
-/// How a chunk's payload is compressed. The number is what the chunk's header carries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum Codec {
-    /// As it is.
-    Raw = 0,
-    /// One LZ4 block.
-    Lz4 = 1,
-    /// One zstd frame.
-    Zstd = 2,
-}
-
-impl Codec {
-    /// The codec of a wire number.
-    pub fn from_wire(number: u8) -> Option<Self> {
-        match number {
-            0 => Some(Codec::Raw),
-            1 => Some(Codec::Lz4),
-            2 => Some(Codec::Zstd),
-            _ => None,
-        }
-    }
-
-    /// Its name in status and metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Codec::Raw => "raw",
-            Codec::Lz4 => "lz4",
-            Codec::Zstd => "zstd",
-        }
-    }
-}
 
 /// The contexts of one encoding worker.
 pub(crate) struct Compressor {

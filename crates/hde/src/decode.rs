@@ -1,8 +1,9 @@
 //! A chunk's payload back to records.
 
 use dwcp_proto::limits::{MAX_RAW_PAYLOAD, MAX_SEGMENT_BYTES, MAX_WIRE_PAYLOAD};
+use dwcp_proto::{Codec, VerifiedChunk};
 
-use crate::codec::{Codec, Decompressor, Refusal};
+use crate::codec::{Decompressor, Refusal};
 use crate::content::{Content, Table};
 use crate::format::TableError;
 use crate::zstd_frame::FrameError;
@@ -46,12 +47,35 @@ impl Decoder {
         Decoder { decompressor: Decompressor::new(), table: Table::default() }
     }
 
-    /// Opens a payload: decompresses it if need be and checks all of it. The content lends from `payload` (raw) or from
-    /// the decoder's buffer, so no page is copied here.
-    ///
-    /// `raw_len` and `stream_len` are the lengths that the chunk's header announces. Only the payload of a verified
-    /// chunk may be given to it.
-    pub fn open<'a>(
+    /// Opens a chunk of data: decompresses its payload if need be and checks all of it. The content lends from the chunk
+    /// (raw) or from the decoder's buffer, so no page is copied here. An end of stream has no content: it is refused.
+    pub fn open<'a>(&'a mut self, chunk: &'a VerifiedChunk) -> Result<Content<'a>, DecodeError> {
+        let header = chunk.header();
+        self.open_parts(header.codec, chunk.payload(), header.raw_len as usize, header.stream_len as usize)
+    }
+
+    /// Appends the chunk's stretch of the VMM's stream to `out`, exactly as many bytes as its header announces; nothing
+    /// if it is refused.
+    pub fn decode(&mut self, chunk: &VerifiedChunk, out: &mut Vec<u8>) -> Result<(), DecodeError> {
+        self.open(chunk)?.write_stream(out);
+        Ok(())
+    }
+
+    /// The same for a payload that nobody signed, with the lengths that a header would announce.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn decode_unverified(
+        &mut self,
+        codec: Codec,
+        payload: &[u8],
+        raw_len: usize,
+        stream_len: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), DecodeError> {
+        self.open_parts(codec, payload, raw_len, stream_len)?.write_stream(out);
+        Ok(())
+    }
+
+    pub(crate) fn open_parts<'a>(
         &'a mut self,
         codec: Codec,
         payload: &'a [u8],
@@ -67,20 +91,6 @@ impl Decoder {
             Refusal::Corrupt => DecodeError::Corrupt { codec, raw_len },
         })?;
         Ok(Content::parse(raw, stream_len, &mut self.table)?)
-    }
-
-    /// Appends the payload's stretch of the VMM's stream to `out`, exactly `stream_len` bytes; nothing if it is
-    /// refused. See [`open`](Self::open).
-    pub fn decode(
-        &mut self,
-        codec: Codec,
-        payload: &[u8],
-        raw_len: usize,
-        stream_len: usize,
-        out: &mut Vec<u8>,
-    ) -> Result<(), DecodeError> {
-        self.open(codec, payload, raw_len, stream_len)?.write_stream(out);
-        Ok(())
     }
 
     /// Bytes held for decompression.

@@ -2,9 +2,9 @@
 
 use std::ops::AddAssign;
 
-use dwcp_proto::{Segment, StreamOffset};
+use dwcp_proto::{Codec, Segment, StreamOffset};
 
-use crate::codec::{Codec, Compressor};
+use crate::codec::Compressor;
 use crate::layout::Layout;
 use crate::sample;
 

@@ -3,9 +3,8 @@
 
 use std::collections::BTreeSet;
 
+use dwcp_proto::Codec;
 use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer};
-
-use crate::codec::Codec;
 
 const PAGE: u128 = 4096;
 const MAX_STREAM: u128 = 1024 * 1024 + 128 * 1024;

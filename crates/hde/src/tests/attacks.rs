@@ -1,11 +1,12 @@
 //! Payloads that a signing but hostile source could send, by the names that the fault catalogue gives them. Each is refused
 //! before the decoder takes memory for what it promises.
 
+use dwcp_proto::Codec;
 use dwcp_proto::limits::{MAX_RAW_PAYLOAD, MAX_SEGMENT_BYTES, MAX_SEGMENT_RECORDS, MAX_WIRE_PAYLOAD};
 
 use crate::format::write_varint;
 use crate::zstd_frame::tests::compress;
-use crate::{Codec, DecodeError, Decoder, FrameError, TableError};
+use crate::{DecodeError, Decoder, FrameError, TableError};
 
 /// A raw payload from its parts.
 fn payload(names: &[&[u8]], operations: &[&[u64]], opaque: &[u8], pages: usize) -> Vec<u8> {
@@ -33,7 +34,7 @@ fn payload(names: &[&[u8]], operations: &[&[u64]], opaque: &[u8], pages: usize) 
 fn refusal(codec: Codec, payload: &[u8], raw_len: usize, stream_len: usize) -> DecodeError {
     let mut decoder = Decoder::new();
     let mut out = Vec::new();
-    let refusal = decoder.decode(codec, payload, raw_len, stream_len, &mut out).unwrap_err();
+    let refusal = decoder.decode_unverified(codec, payload, raw_len, stream_len, &mut out).unwrap_err();
     assert_eq!(out.capacity(), 0);
     assert_eq!(decoder.memory(), 0);
     refusal
@@ -41,7 +42,7 @@ fn refusal(codec: Codec, payload: &[u8], raw_len: usize, stream_len: usize) -> D
 
 fn table_refusal(payload: &[u8], stream_len: usize) -> TableError {
     let mut out = Vec::new();
-    match Decoder::new().decode(Codec::Raw, payload, payload.len(), stream_len, &mut out) {
+    match Decoder::new().decode_unverified(Codec::Raw, payload, payload.len(), stream_len, &mut out) {
         Err(DecodeError::Table(error)) => {
             assert_eq!(out.capacity(), 0);
             error
@@ -80,11 +81,11 @@ fn zip_bomb() {
     liar[content_size..content_size + 4].copy_from_slice(&1000u32.to_le_bytes());
     let mut decoder = Decoder::new();
     let mut out = Vec::new();
-    let refused = decoder.decode(Codec::Zstd, &liar, 1000, 1000, &mut out);
+    let refused = decoder.decode_unverified(Codec::Zstd, &liar, 1000, 1000, &mut out);
     assert_eq!(refused, Err(DecodeError::Corrupt { codec: Codec::Zstd, raw_len: 1000 }));
     assert!(decoder.memory() <= 1000);
     let block = lz4_flex::block::compress(&[0; 100_000]);
-    let refused = decoder.decode(Codec::Lz4, &block, 1000, 1000, &mut out);
+    let refused = decoder.decode_unverified(Codec::Lz4, &block, 1000, 1000, &mut out);
     assert_eq!(refused, Err(DecodeError::Corrupt { codec: Codec::Lz4, raw_len: 1000 }));
     // Few bytes of table that stand for much stream.
     let most = MAX_SEGMENT_RECORDS as u64;
@@ -150,7 +151,7 @@ fn zstd_window() {
         frame
     };
     let mut out = Vec::new();
-    let legal = Decoder::new().decode(Codec::Zstd, &with_window(11 << 3), 1 << 20, 1, &mut out);
+    let legal = Decoder::new().decode_unverified(Codec::Zstd, &with_window(11 << 3), 1 << 20, 1, &mut out);
     assert!(matches!(legal, Err(DecodeError::Table(_))), "{legal:?}");
     for descriptor in [11 << 3 | 1, 12 << 3, 31 << 3 | 7] {
         assert!(matches!(
@@ -216,7 +217,7 @@ fn oob_page() {
     let last = (1 << 52) - 1;
     let good = payload(RAM, &[&[ZEROS | 0x80, 0, last, 1]], b"", 0);
     let mut out = Vec::new();
-    Decoder::new().decode(Codec::Raw, &good, good.len(), 16, &mut out).unwrap();
+    Decoder::new().decode_unverified(Codec::Raw, &good, good.len(), 16, &mut out).unwrap();
     assert_eq!(out[..8], (u64::MAX << 12 | 0x02).to_be_bytes());
     for operations in [&[&[ZEROS | 0x80, 0, last, 2][..]][..], &[&[ZEROS, 0, last, 1], &[ZEROS, 0, 0, 1]]] {
         assert_eq!(table_refusal(&payload(RAM, operations, b"", 0), 25), TableError::PageIndex);

@@ -1,12 +1,12 @@
 //! Whatever a source cuts comes back; and whatever arrives, the decoder and the reference agree on it.
 
-use dwcp_proto::Segment;
+use dwcp_proto::{Codec, Segment};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::round_trip::{noise, text};
 use crate::testing::{SegmentBuilder, reference};
-use crate::{Choice, Codec, Decoder, Encoded, Encoder};
+use crate::{Choice, Decoder, Encoded, Encoder};
 
 #[derive(Debug, Clone)]
 enum Part {
@@ -106,7 +106,7 @@ fn encode(segment: &Segment, choice: Choice) -> (Encoded, Vec<u8>) {
 
 fn decode(codec: Codec, payload: &[u8], raw_len: usize, stream_len: usize) -> Option<Vec<u8>> {
     let mut out = Vec::new();
-    Decoder::new().decode(codec, payload, raw_len, stream_len, &mut out).ok().map(|()| out)
+    Decoder::new().decode_unverified(codec, payload, raw_len, stream_len, &mut out).ok().map(|()| out)
 }
 
 fn assert_agreement(
@@ -169,10 +169,10 @@ proptest! {
             prop_assert_eq!((encoded, payload.clone()), encode(&segment, choice));
             out.clear();
             let raw_len = encoded.raw_len as usize;
-            decoder.decode(encoded.codec, &payload, raw_len, segment.bytes.len(), &mut out).unwrap();
+            decoder.decode_unverified(encoded.codec, &payload, raw_len, segment.bytes.len(), &mut out).unwrap();
             prop_assert!(out == segment.bytes);
             // A refusal in between leaves nothing behind.
-            let _ = decoder.decode(Codec::Raw, &payload[..payload.len() / 2], payload.len() / 2, 1, &mut out);
+            let _ = decoder.decode_unverified(Codec::Raw, &payload[..payload.len() / 2], payload.len() / 2, 1, &mut out);
         }
     }
 

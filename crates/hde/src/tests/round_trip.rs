@@ -2,10 +2,13 @@
 
 use bytes::Bytes;
 use dwcp_proto::limits::{MAX_CHUNK_PAGES_BYTES, MAX_RAW_PAYLOAD, MAX_SEGMENT_RECORDS, PAGE_SIZE};
-use dwcp_proto::{PageIndex, PageVersion, RamBlockId, Record, Segment, StreamOffset};
+use dwcp_proto::{
+    Codec, EncodedChunk, Lane, NodeKey, NodeName, PageIndex, PageVersion, RamBlockId, Record, SealedChunk,
+    Sealer, Segment, SessionId, StreamOffset, Verifier,
+};
 
 use crate::testing::SegmentBuilder;
-use crate::{Choice, Codec, Decoder, EncodeError, Encoded, Encoder, Fallback, Item};
+use crate::{Choice, Decoder, EncodeError, Encoded, Encoder, Fallback, Item};
 
 const CHOICES: [Choice; 5] =
     [Choice::Raw, Choice::Lz4, Choice::Zstd(-1), Choice::Zstd(3), Choice::Sampled(1)];
@@ -46,7 +49,9 @@ fn assert_round_trip(segment: &Segment, choice: Choice) -> (Encoded, Vec<u8>) {
     let (encoded, payload) = encode(segment, choice);
     let mut out = b"before".to_vec();
     let raw_len = encoded.raw_len as usize;
-    Decoder::new().decode(encoded.codec, &payload, raw_len, segment.bytes.len(), &mut out).unwrap();
+    Decoder::new()
+        .decode_unverified(encoded.codec, &payload, raw_len, segment.bytes.len(), &mut out)
+        .unwrap();
     assert_eq!(&out[..6], b"before");
     assert_eq!(out[6..], segment.bytes);
     assert!(payload.len() <= raw_len);
@@ -66,12 +71,43 @@ fn every_kind_of_record_comes_back() {
 }
 
 #[test]
+fn a_chunk_goes_from_sealing_to_decoding() {
+    let segment = mixed().finish(77);
+    let (encoded, payload) = encode(&segment, Choice::Zstd(1));
+    let key = NodeKey::from_seed(NodeName::new("hv-01").unwrap(), &[1; 32]);
+    let session = SessionId([9; 32]);
+    let mut sealer = Sealer::new(session);
+    let stream_len = segment.bytes.len() as u32;
+    let sealed = sealer.seal(
+        &key,
+        EncodedChunk::new(
+            encoded.codec,
+            Lane(0),
+            segment.version,
+            segment.offset,
+            stream_len,
+            encoded.raw_len,
+            payload.into(),
+        ),
+    );
+    let end = sealer.seal_end(&key);
+    let verifier = Verifier::new(session, key.public());
+    let verified = |chunk: SealedChunk| {
+        verifier.header(chunk.signed_header()).unwrap().payload(chunk.payload().clone()).unwrap()
+    };
+    let mut out = Vec::new();
+    Decoder::new().decode(&verified(sealed), &mut out).unwrap();
+    assert_eq!(out, segment.bytes);
+    assert!(Decoder::new().decode(&verified(end), &mut out).is_err());
+}
+
+#[test]
 fn the_items_are_what_was_put_in() {
     let segment = mixed().finish(0);
     let (encoded, payload) = encode(&segment, Choice::Zstd(1));
     let mut decoder = Decoder::new();
     let content =
-        decoder.open(encoded.codec, &payload, encoded.raw_len as usize, segment.bytes.len()).unwrap();
+        decoder.open_parts(encoded.codec, &payload, encoded.raw_len as usize, segment.bytes.len()).unwrap();
     assert_eq!(
         content.names().collect::<Vec<_>>(),
         [&b""[..], b"/rom@etc/acpi/tables", b"pc.bios", b"pc.ram"]
@@ -241,7 +277,9 @@ fn a_worker_takes_no_memory_once_it_is_warm() {
             let encoded = encoder.encode(&segment, choice, &mut payload).unwrap();
             out.clear();
             let raw_len = encoded.raw_len as usize;
-            decoder.decode(encoded.codec, &payload, raw_len, segment.bytes.len(), &mut out).unwrap();
+            decoder
+                .decode_unverified(encoded.codec, &payload, raw_len, segment.bytes.len(), &mut out)
+                .unwrap();
         }
         places.push((payload.as_ptr(), payload.capacity(), out.as_ptr(), out.capacity()));
     }
