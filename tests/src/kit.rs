@@ -57,7 +57,12 @@ impl Kit {
     /// # Panics
     /// In CI (`CI=true`), where nothing may be skipped.
     pub fn or_skip(test: &str) -> Option<Self> {
-        let why = match Kit::find() {
+        Kit::or_skip_without(test, || Ok(()))
+    }
+
+    /// The same, with a further thing that the test needs.
+    pub(crate) fn or_skip_without(test: &str, needed: impl FnOnce() -> Result<()>) -> Option<Self> {
+        let why = match needed().and_then(|()| Kit::find()) {
             Ok(kit) => return Some(kit),
             Err(why) => why,
         };

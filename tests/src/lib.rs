@@ -10,23 +10,28 @@
 //!    └─ watch.sock ──────── Watcher ──────────── watch.sock ─┘
 //! ```
 //!
-//! Call order: [`Kit::or_skip`], [`Qemu::launch`] twice, [`Watcher::start`], [`Agent`]s and [`Agent::ctl`] or
-//! [`plain_migration`], then [`Qemu::guest_ok_for`] and [`ram::compare`].
+//! Call order: [`Scene::kit_or_skip`], [`Scene::new`], [`Watcher::start`], [`Scene::move_guest`], then
+//! [`Qemu::guest_ok_for`] or [`ram::compare`], and [`Watcher::finish`]. A scene is made of [`Qemu::launch`] and
+//! [`Agent::start`], which tests of other shapes use by themselves.
 
+mod agent;
 mod guest;
 mod kit;
 mod migrate;
 mod qemu;
 pub mod ram;
+mod scene;
 mod wait;
 mod watch;
 
 mod qmp;
 
+pub use agent::{Agent, AgentConfig, CtlOutput, Listen};
 pub use guest::{GuestLoad, Mix, Report, SerialLog};
 pub use kit::{Kit, QemuVersion, target_dir};
 pub use migrate::plain_migration;
 pub use qemu::{Backing, Qemu, QemuSpec, Role};
 pub use qmp::{Event, Qmp, QmpError};
+pub use scene::{Scene, VM};
 pub use wait::until;
 pub use watch::{Moment, Timeline, Watcher};

@@ -1,0 +1,122 @@
+//! The usual scene of an end-to-end test: a guest at node `a`, a QEMU that waits at node `b`, and an agent at each.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::agent::{Agent, AgentConfig, CtlOutput, program};
+use crate::kit::{Kit, QemuVersion};
+use crate::qemu::{Qemu, QemuSpec, Role};
+
+/// The VM's name in every scene.
+pub const VM: &str = "vm1";
+
+/// Two agents and two QEMUs. The folder goes with it.
+#[derive(Debug)]
+pub struct Scene {
+    /// The node where the guest runs.
+    pub a: Agent,
+    /// The node where a QEMU waits for it.
+    pub b: Agent,
+    /// The guest.
+    pub from: Qemu,
+    /// The QEMU that waits.
+    pub to: Qemu,
+    spec: QemuSpec,
+    kit: Kit,
+    turns: u32,
+    // Last, so that the processes are gone before their folder is.
+    dir: TempDir,
+}
+
+impl Scene {
+    /// The kit, once programs and laboratory are there; or `None` after a line that says why `test` is skipped.
+    ///
+    /// # Panics
+    /// In CI, as [`Kit::or_skip`].
+    pub fn kit_or_skip(test: &str) -> Option<Kit> {
+        Kit::or_skip_without(test, || program("dwcpd").and_then(|_| program("dwcpctl")).map(drop))
+    }
+
+    /// Two agents of the default configuration and a booted guest of the default load.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub fn new(kit: &Kit, version: QemuVersion) -> Result<Self> {
+        Scene::with(kit, QemuSpec::new(version, Role::Source), AgentConfig::default(), AgentConfig::default())
+    }
+
+    /// A scene of other settings.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub fn with(kit: &Kit, spec: QemuSpec, a: AgentConfig, b: AgentConfig) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let from = Qemu::launch(kit, dir.path(), "vm-a", &spec)?;
+        let to = Qemu::launch(kit, dir.path(), "vm-b", &spec.destination())?;
+        // The guest boots while the agents start.
+        let (a, b) = Agent::pair(dir.path(), a, b)?;
+        Ok(Scene { a, b, from: from.booted()?, to, spec, kit: kit.clone(), turns: 0, dir })
+    }
+
+    /// Asks `b` to receive the guest from `a`.
+    ///
+    /// # Errors
+    /// `dwcpctl` cannot be started.
+    pub fn incoming(&self) -> Result<CtlOutput> {
+        let qmp = self.to.qmp_path();
+        self.b.ctl(&[&"incoming", &VM, &"--qmp", &qmp.display(), &"--from", &self.a.node()])
+    }
+
+    /// Migrates `a` to `b` with these further arguments and waits for the end.
+    ///
+    /// # Errors
+    /// `dwcpctl` cannot be started.
+    pub fn migrate(&self, arguments: &[&str]) -> Result<CtlOutput> {
+        let (qmp, target) = (self.from.qmp_path(), self.b.target()?);
+        let qmp = qmp.display();
+        let mut all: Vec<&dyn std::fmt::Display> =
+            vec![&"migrate", &VM, &"--qmp", &qmp, &"--to", &target, &"--json"];
+        all.extend(arguments.iter().map(|word| word as &dyn std::fmt::Display));
+        self.a.ctl(&all)
+    }
+
+    /// Both steps, with the result's JSON.
+    ///
+    /// # Errors
+    /// Either step fails; the agents' logs are in the error.
+    pub fn move_guest(&self, arguments: &[&str]) -> Result<Value> {
+        let moved = || -> Result<Value> {
+            self.incoming()?.success()?;
+            self.migrate(arguments)?.success()?.json()
+        };
+        moved()
+            .map_err(|error| error.context(format!("agent a:\n{}\nagent b:\n{}", self.a.log(), self.b.log())))
+    }
+
+    /// Turns the scene round after a migration: the guest is at `a` again, and a fresh QEMU waits at `b`.
+    ///
+    /// # Errors
+    /// The fresh QEMU does not start.
+    pub fn turn_round(mut self) -> Result<Self> {
+        self.from.kill();
+        std::mem::swap(&mut self.a, &mut self.b);
+        self.turns += 1;
+        let name = format!("vm-{}-{}", self.b.node(), self.turns);
+        let fresh = Qemu::launch(&self.kit, self.dir.path(), &name, &self.spec.destination())?;
+        self.from = std::mem::replace(&mut self.to, fresh);
+        Ok(self)
+    }
+
+    /// The folder of it all.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The guest's RAM in MiB.
+    pub fn ram_mib(&self) -> u32 {
+        self.spec.ram_mib
+    }
+}
