@@ -1,2 +1,3 @@
 //! (being laid)
+mod config;
 fn main() {}

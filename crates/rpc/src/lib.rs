@@ -5,11 +5,13 @@
 //!   writes it anew with `UPDATE=1 cargo test -p dwcp-rpc`.
 //! - [`DESCRIPTORS`]: the file descriptor set, for gRPC reflection.
 //! - [`failure`]: how a failure travels in a failed call.
+//! - [`endpoint`]: where the socket is.
 //!
 //! ```text
 //! dwcpctl, orchestrator --MigrationsClient--> unix socket --MigrationsServer--> dwcpd
 //! ```
 
+pub mod endpoint;
 pub mod failure;
 
 /// Messages, client and server of `dwcp.agent.v1`. What each means stands in the `.proto` file and is repeated here.

@@ -1,0 +1,383 @@
+//! The configuration file: plain data, wholly checked before anything is built from it.
+//!
+//! Every value is parsed into the type that the rest of the agent uses, so an error knows the line that it stands on
+//! (see [`ConfigError`]), and nothing later has to doubt a value.
+
+mod error;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
+
+use dwcp_migrate::V1Policy;
+use dwcp_proto::{NodeName, units};
+use dwcp_rpc::endpoint;
+use serde::Deserialize;
+use tracing_subscriber::EnvFilter;
+
+pub(crate) use error::ConfigError;
+
+/// Bytes of a configuration file: some hundred times what all keys take.
+const MAX_FILE: u64 = 256 << 10;
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    /// This node's name; must be the one in its key file.
+    pub(crate) node: NodeName,
+    /// Journals and what else must outlive the agent.
+    #[serde(default = "state_dir")]
+    pub(crate) state_dir: Absolute,
+    #[serde(default)]
+    pub(crate) listen: Listen,
+    #[serde(default)]
+    pub(crate) identity: Identity,
+    #[serde(default)]
+    pub(crate) flags: Flags,
+    #[serde(default)]
+    pub(crate) policy: Policy,
+    #[serde(default)]
+    pub(crate) limits: Limits,
+    #[serde(default)]
+    pub(crate) vmm: Vmm,
+    #[serde(default)]
+    pub(crate) log: Log,
+}
+
+impl Config {
+    /// Reads and checks the file.
+    pub(crate) fn load(path: &Path) -> Result<Self, ConfigError> {
+        let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
+        let size = std::fs::metadata(path).map_err(unreadable)?.len();
+        if size > MAX_FILE {
+            return Err(ConfigError::TooLong { path: path.to_owned(), size });
+        }
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks the text of a file; `path` is for error messages only.
+    pub(crate) fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error| ConfigError::syntax(path, text, &error))
+    }
+
+    /// What is accepted but has no effect in this version: said at every start, never passed over.
+    pub(crate) fn without_effect(&self) -> Vec<&'static str> {
+        match self.vmm.attach {
+            Attach::None => Vec::new(),
+            Attach::Ptrace => {
+                vec!["[vmm] attach = \"ptrace\": direct sources are not built yet; streams are used"]
+            }
+        }
+    }
+}
+
+/// Where the agent listens. Port 0 takes a free port; `listen.json` in the state folder says which.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Listen {
+    /// Other agents.
+    pub(crate) data: SocketAddr,
+    /// Orchestrator and dwcpctl.
+    pub(crate) rpc: Socket,
+    /// /metrics, /healthz, /readyz.
+    pub(crate) metrics: SocketAddr,
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Listen {
+            data: SocketAddr::from(([0, 0, 0, 0], 7400)),
+            rpc: Socket(PathBuf::from("/run/dwcp/agent.sock")),
+            metrics: SocketAddr::from(([127, 0, 0, 1], 7401)),
+        }
+    }
+}
+
+/// Who the node is and whom it trusts.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Identity {
+    /// `NODE.key` of `dwcpctl keygen`.
+    pub(crate) key: Absolute,
+    /// Folder of `NODE.pub`.
+    pub(crate) peers: Absolute,
+}
+
+impl Default for Identity {
+    fn default() -> Self {
+        Identity { key: Absolute("/etc/dwcp/node.key".into()), peers: Absolute("/etc/dwcp/peers".into()) }
+    }
+}
+
+/// Whether v3 may be used.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Flags {
+    /// Where the flag comes from.
+    pub(crate) source: FlagSource,
+    /// The path where `source` is `none`.
+    pub(crate) without: Without,
+}
+
+/// Where the flag comes from.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) enum FlagSource {
+    /// Nowhere: `without` decides.
+    #[default]
+    None,
+    /// A file that holds the flag document.
+    File(PathBuf),
+    /// A server, by its URL: read, but not built yet.
+    Remote(String),
+}
+
+impl TryFrom<String> for FlagSource {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        const REMOTE: [&str; 4] = ["http://", "https://", "ofrep+http://", "ofrep+https://"];
+        match text.strip_prefix("file:") {
+            _ if text == "none" => Ok(FlagSource::None),
+            Some(path) if Path::new(path).is_absolute() => Ok(FlagSource::File(path.into())),
+            None if REMOTE.iter().any(|scheme| text.len() > scheme.len() && text.starts_with(scheme)) => {
+                Ok(FlagSource::Remote(text))
+            }
+            _ => Err(format!(
+                "expected \"none\", \"file:/PATH\", \"http://...\" or \"ofrep+http://...\", found {text:?}"
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for FlagSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            FlagSource::None => f.write_str("none"),
+            FlagSource::File(path) => write!(f, "file:{}", path.display()),
+            FlagSource::Remote(url) => f.write_str(url),
+        }
+    }
+}
+
+/// The path of a node without a flag.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Without {
+    /// v1 only, in both roles.
+    #[default]
+    V1,
+    /// v3 wherever the peer agrees.
+    V3,
+}
+
+/// What flags cannot change.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Policy {
+    /// v1 may be plain TCP in a datacenter.
+    pub(crate) v1_plain: bool,
+    /// Where v1 may be used.
+    pub(crate) v1: V1Policy,
+    /// Whether v3's data connections are encrypted in datacenter mode.
+    pub(crate) datacenter_encryption: Encryption,
+}
+
+/// How data connections are protected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Encryption {
+    /// TLS 1.3.
+    #[default]
+    Tls,
+    /// Not at all; chunks stay signed.
+    None,
+}
+
+/// What the agent may take of its machine.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Limits {
+    /// Migrations at once, both directions together.
+    pub(crate) migrations: Count<64>,
+    /// CPUs that the agent spreads over; all that it is allowed where absent.
+    pub(crate) cpus: Option<Count<1024>>,
+    /// Codec threads, shared by all migrations; as many as `cpus` where absent.
+    pub(crate) workers: Option<Count<256>>,
+    /// Bytes of one migration that were read from the VMM and are not yet acknowledged.
+    pub(crate) memory: Memory,
+    /// Bytes a second on the wire that one migration may take; a request can lower it, not raise it.
+    pub(crate) bandwidth: Option<Rate>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { migrations: Count(4), cpus: None, workers: None, memory: Memory(64 << 20), bandwidth: None }
+    }
+}
+
+impl Limits {
+    /// CPUs that the agent spreads over.
+    pub(crate) fn cpus(&self) -> usize {
+        self.cpus.map(|n| n.0).unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    /// Codec threads.
+    pub(crate) fn workers(&self) -> usize {
+        self.workers.map_or_else(|| self.cpus(), |n| n.0)
+    }
+}
+
+/// What the agent may touch of the VMMs.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Vmm {
+    /// Whether the agent may attach to QEMU's process, for direct sources.
+    pub(crate) attach: Attach,
+    /// Folders in which QMP and relay sockets must lie; any absolute path where empty.
+    pub(crate) paths: Vec<Absolute>,
+}
+
+/// Whether the agent may attach to QEMU's process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Attach {
+    /// Never.
+    #[default]
+    None,
+    /// With ptrace.
+    Ptrace,
+}
+
+/// What is logged, to standard error.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Log {
+    /// How a line looks.
+    pub(crate) format: LogFormat,
+    /// From which level on.
+    pub(crate) level: Level,
+}
+
+/// How a log line looks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A level (`info`), or several by module (`info,dwcp_link=debug`).
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Level(pub(crate) String);
+
+impl Default for Level {
+    fn default() -> Self {
+        Level("info".to_owned())
+    }
+}
+
+impl TryFrom<String> for Level {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        // A bare word that is no level would be taken for a module, and silence everything else.
+        let bare = !text.contains(['=', ',']);
+        if (bare && text.parse::<tracing::level_filters::LevelFilter>().is_err())
+            || EnvFilter::try_new(&text).is_err()
+        {
+            return Err(format!(
+                "expected error, warn, info, debug or trace, or a list such as info,dwcp_link=debug; found {text:?}"
+            ));
+        }
+        Ok(Level(text))
+    }
+}
+
+/// An absolute path: a service has no folder of its own to start from.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "PathBuf")]
+pub(crate) struct Absolute(pub(crate) PathBuf);
+
+impl TryFrom<PathBuf> for Absolute {
+    type Error = String;
+
+    fn try_from(path: PathBuf) -> Result<Self, String> {
+        match path.is_absolute() {
+            true => Ok(Absolute(path)),
+            false => Err(format!("expected an absolute path, found {path:?}")),
+        }
+    }
+}
+
+/// The path of a unix socket, written `unix:PATH`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Socket(pub(crate) PathBuf);
+
+impl TryFrom<String> for Socket {
+    type Error = endpoint::BadEndpoint;
+
+    fn try_from(text: String) -> Result<Self, endpoint::BadEndpoint> {
+        endpoint::parse(&text).map(Socket)
+    }
+}
+
+/// A number from 1 to `MAX`.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(try_from = "u64")]
+pub(crate) struct Count<const MAX: usize>(pub(crate) usize);
+
+impl<const MAX: usize> TryFrom<u64> for Count<MAX> {
+    type Error = String;
+
+    fn try_from(number: u64) -> Result<Self, String> {
+        match usize::try_from(number) {
+            Ok(n) if (1..=MAX).contains(&n) => Ok(Count(n)),
+            _ => Err(format!("expected a number from 1 to {MAX}, found {number}")),
+        }
+    }
+}
+
+/// Bytes of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Memory(pub(crate) u64);
+
+impl TryFrom<String> for Memory {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        // Below, a few chunks of 1 MiB would fill it; above, it no longer bounds anything.
+        match units::parse_size(&text).map_err(|e| e.to_string())? {
+            bytes if (8 << 20..=4 << 30).contains(&bytes) => Ok(Memory(bytes)),
+            _ => Err(format!("expected a size from 8MiB to 4GiB, found {text:?}")),
+        }
+    }
+}
+
+/// Bytes a second.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Rate(pub(crate) NonZeroU64);
+
+impl TryFrom<String> for Rate {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let rate = units::parse_rate(&text).map_err(|e| e.to_string())?;
+        NonZeroU64::new(rate).map(Rate).ok_or_else(|| "expected a rate above zero".to_owned())
+    }
+}
+
+fn state_dir() -> Absolute {
+    Absolute("/var/lib/dwcp".into())
+}

@@ -1,0 +1,146 @@
+use super::*;
+
+const FULL: &str = r#"
+node = "hv-01"
+state_dir = "/var/lib/dwcp"
+
+[listen]
+data = "192.0.2.1:7400"
+rpc = "unix:/run/dwcp/agent.sock"
+metrics = "[::1]:0"
+
+[identity]
+key = "/etc/dwcp/hv-01.key"
+peers = "/etc/dwcp/peers"
+
+[flags]
+source = "file:/etc/dwcp/flag.json"
+without = "v3"
+
+[policy]
+v1_plain = true
+v1 = "datacenter"
+datacenter_encryption = "none"
+
+[limits]
+migrations = 2
+cpus = 4
+workers = 3
+memory = "64MiB"
+bandwidth = "200Mbit"
+
+[vmm]
+attach = "none"
+paths = ["/run/qemu", "/run/libvirt"]
+
+[log]
+format = "json"
+level = "info,dwcp_link=debug"
+"#;
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::parse(Path::new("/etc/dwcp/dwcpd.toml"), text).map_err(|e| e.to_string())
+}
+
+/// The error of `FULL` with `from` replaced.
+fn error(from: &str, to: &str) -> String {
+    assert!(FULL.contains(from), "{from}");
+    parse(&FULL.replacen(from, to, 1)).expect_err(to)
+}
+
+#[test]
+fn every_key_is_read() {
+    let config = parse(FULL).unwrap();
+    assert_eq!(config.node.as_str(), "hv-01");
+    assert_eq!(config.listen.metrics, "[::1]:0".parse().unwrap());
+    assert_eq!(config.flags.source, FlagSource::File("/etc/dwcp/flag.json".into()));
+    assert_eq!(config.policy.v1, V1Policy::Datacenter);
+    assert_eq!(config.policy.datacenter_encryption, Encryption::None);
+    assert_eq!(config.limits.memory, Memory(64 << 20));
+    assert_eq!(config.limits.bandwidth, NonZeroU64::new(25_000_000).map(Rate));
+    assert_eq!((config.limits.cpus(), config.limits.workers()), (4, 3));
+    assert_eq!(config.vmm.paths.len(), 2);
+    assert_eq!(config.log.format, LogFormat::Json);
+}
+
+#[test]
+fn only_the_name_is_required_and_the_defaults_are_the_careful_ones() {
+    let config = parse("node = \"hv-01\"").unwrap();
+    assert_eq!(config.flags, Flags { source: FlagSource::None, without: Without::V1 });
+    assert_eq!(
+        config.policy,
+        Policy { v1_plain: false, v1: V1Policy::Any, datacenter_encryption: Encryption::Tls }
+    );
+    assert_eq!(config.vmm.attach, Attach::None);
+    assert!(config.listen.metrics.ip().is_loopback());
+}
+
+#[test]
+fn an_error_names_file_line_column_and_what_was_expected() {
+    assert_eq!(
+        error("state_dir", "stat_dir"),
+        "/etc/dwcp/dwcpd.toml:3:1: unknown key `stat_dir`, expected one of `node`, `state_dir`, `listen`, `identity`, \
+         `flags`, `policy`, `limits`, `vmm`, `log`\n  \
+         |\n\
+         3 | stat_dir = \"/var/lib/dwcp\"\n  \
+         | ^^^^^^^^"
+    );
+    assert_eq!(
+        error("64MiB", "64"),
+        "/etc/dwcp/dwcpd.toml:27:10: expected a size with its unit, such as 64MiB or 1GB, found \"64\"\n   \
+         |\n\
+         27 | memory = \"64\"\n   \
+         |          ^^^^"
+    );
+}
+
+#[test]
+fn bad_values_are_refused_where_they_stand() {
+    for (from, to, place, expected) in [
+        ("node = \"hv-01\"", "node = \"a/b\"", ":2:8: ", "1 to 64 characters"),
+        ("node = \"hv-01\"", "", ": ", "missing key `node`"),
+        ("\"/var/lib/dwcp\"", "\"lib\"", ":3:13: ", "absolute path"),
+        ("192.0.2.1:7400", "192.0.2.1", ":6:8: ", "socket address"),
+        ("unix:/run", "/run", ":7:7: ", "expected unix: and an absolute path"),
+        ("file:/etc", "file:etc", ":15:10: ", "file:/PATH"),
+        ("\"v3\"", "\"v2\"", ":16:11: ", "unknown value `v2`, expected `v1` or `v3`"),
+        ("v1_plain = true", "v1_plain = \"yes\"", ":19:12: ", "expected a boolean"),
+        ("\"datacenter\"", "\"lan\"", ":20:6: ", "`any`, `datacenter`, `never`"),
+        ("migrations = 2", "migrations = 0", ":24:14: ", "from 1 to 64"),
+        ("cpus = 4", "cpus = -1", ":25:8: ", "expected u64"),
+        ("200Mbit", "0Mbit", ":28:13: ", "rate above zero"),
+        ("\"none\"\npaths", "\"gdb\"\npaths", ":31:10: ", "`none` or `ptrace`"),
+        ("info,dwcp_link=debug", "loud", ":36:9: ", "expected error, warn, info, debug or trace"),
+        ("[log]", "[logs]", ":34:2: ", "unknown key `logs`"),
+        ("[log]", "[log", ":34:", "log"),
+    ] {
+        let error = error(from, to);
+        let (first, _) = error.split_once('\n').unwrap_or((&error, ""));
+        assert!(first.starts_with(&format!("/etc/dwcp/dwcpd.toml{place}")), "{to}: {error}");
+        assert!(first.contains(expected), "{to}: {error}");
+    }
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Config::load(Path::new("/nonexistent/dwcpd.toml")).unwrap_err().to_string();
+    assert!(error.contains("/nonexistent/dwcpd.toml") && error.contains("No such file"), "{error}");
+}
+
+#[test]
+fn a_remote_flag_source_is_read() {
+    for url in ["http://10.0.0.1:8080", "ofrep+http://flags.example"] {
+        let config = parse(&format!("node = \"x\"\n[flags]\nsource = \"{url}\"")).unwrap();
+        assert_eq!(config.flags.source, FlagSource::Remote(url.to_owned()));
+    }
+}
+
+#[test]
+fn odd_places_do_not_break_the_message() {
+    for text in
+        ["node = \"é\"", "\"é\" = 1\nnode = 7", "x", "\u{7f}", "node = \"hv\"\n[limits]\nmemory = '''a\nb'''"]
+    {
+        let error = parse(text).unwrap_err();
+        assert!(error.starts_with("/etc/dwcp/dwcpd.toml:"), "{error}");
+    }
+}
