@@ -145,8 +145,11 @@ fn check(segments: &[Segment]) -> Vec<u8> {
     stream
 }
 
+/// A page (block, index, version, a byte of it), or opaque bytes.
+type Flat = Result<(RamBlockId, PageIndex, u32, u8), Vec<u8>>;
+
 /// The records without segment edges and runs: each page, and each opaque stretch merged.
-fn flatten(segments: &[Segment]) -> Vec<Result<(RamBlockId, PageIndex, u32, u8), Vec<u8>>> {
+fn flatten(segments: &[Segment]) -> Vec<Flat> {
     let mut flat = Vec::new();
     for segment in segments {
         for piece in pieces(segment) {

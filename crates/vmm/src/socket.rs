@@ -1,0 +1,179 @@
+//! Unix sockets between an agent and the VMM beside it.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use tokio::net::{UnixListener, UnixStream};
+
+/// Bytes of a unix socket's path: what the kernel's `sun_path` holds, less its final zero.
+pub const MAX_SOCKET_PATH: usize = 107;
+
+/// Why a unix socket could not be listened on or connected to.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The path does not fit.
+    #[error("socket path {} has more than {MAX_SOCKET_PATH} bytes; choose a shorter folder", .path.display())]
+    PathTooLong {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is nothing at the path.
+    #[error("{} does not exist", .path.display())]
+    Missing {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is something else at the path.
+    #[error("{} is not a socket", .path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A socket that nobody has open for listening.
+    #[error("nothing listens on {}", .path.display())]
+    NobodyListens {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The folder or the socket may not be used by this user.
+    #[error("no permission for {}; the agent needs to read and write it", .path.display())]
+    Denied {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Anything else.
+    #[error("cannot use socket {}", .path.display())]
+    Io {
+        /// The path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl SocketError {
+    fn new(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::NotFound => SocketError::Missing { path },
+            io::ErrorKind::PermissionDenied => SocketError::Denied { path },
+            io::ErrorKind::ConnectionRefused => match std::fs::metadata(&path) {
+                Ok(meta) if !meta.file_type().is_socket() => SocketError::NotASocket { path },
+                _ => SocketError::NobodyListens { path },
+            },
+            _ => SocketError::Io { path, source },
+        }
+    }
+}
+
+/// Refuses a path that no unix socket can have.
+pub fn check_path(path: &Path) -> Result<(), SocketError> {
+    if path.as_os_str().len() > MAX_SOCKET_PATH {
+        return Err(SocketError::PathTooLong { path: path.to_owned() });
+    }
+    Ok(())
+}
+
+/// Connects to the socket of a VMM: its QMP, or at the destination the one where it waits for its stream.
+pub async fn connect(path: &Path) -> Result<UnixStream, SocketError> {
+    check_path(path)?;
+    UnixStream::connect(path).await.map_err(|source| SocketError::new(path, source))
+}
+
+/// A listening socket for one migration, to which the source VMM connects. The file goes away with it.
+///
+/// It lies in a folder that only this user may enter, so that no other user reaches the guest's memory. A VMM that
+/// runs as another user needs the listener's owner or group changed by the caller.
+#[derive(Debug)]
+pub struct MigrationListener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl MigrationListener {
+    /// Listens on `folder/name`. Makes the folder, with mode 0700, if it is not there; a folder that is there gets
+    /// that mode. A socket left over by an earlier process is replaced, any other file is refused.
+    pub fn bind(folder: &Path, name: &str) -> Result<Self, SocketError> {
+        let path = folder.join(name);
+        check_path(&path)?;
+        let failed = |source| SocketError::new(&path, source);
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
+        match std::fs::symlink_metadata(&path) {
+            Ok(meta) if meta.file_type().is_socket() => std::fs::remove_file(&path).map_err(failed)?,
+            Ok(_) => return Err(SocketError::NotASocket { path }),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(failed(source)),
+        }
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        Ok(MigrationListener { listener, path })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The URI for QMP's `migrate`.
+    pub fn uri(&self) -> String {
+        format!("unix:{}", self.path.display())
+    }
+
+    /// The next connection. Cancel safe.
+    pub async fn accept(&self) -> Result<UnixStream, SocketError> {
+        match self.listener.accept().await {
+            Ok((stream, _)) => Ok(stream),
+            Err(source) => Err(SocketError::new(&self.path, source)),
+        }
+    }
+}
+
+impl Drop for MigrationListener {
+    fn drop(&mut self) {
+        // Nothing is lost if it is gone already.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_listener_is_private_replaces_a_stale_socket_and_removes_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("run");
+        let stale = {
+            std::fs::create_dir(&folder).unwrap();
+            std::os::unix::net::UnixListener::bind(folder.join("m1")).unwrap()
+        };
+        drop(stale);
+        assert!(matches!(connect(&folder.join("m1")).await, Err(SocketError::NobodyListens { .. })));
+        let listener = MigrationListener::bind(&folder, "m1").unwrap();
+        assert_eq!(std::fs::metadata(&folder).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(listener.uri(), format!("unix:{}", folder.join("m1").display()));
+        let (connected, accepted) = tokio::join!(connect(listener.path()), listener.accept());
+        connected.unwrap();
+        accepted.unwrap();
+        let path = listener.path().to_owned();
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn each_wrong_path_has_its_own_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        assert!(matches!(connect(&file).await, Err(SocketError::NotASocket { .. })));
+        assert!(matches!(MigrationListener::bind(dir.path(), "file"), Err(SocketError::NotASocket { .. })));
+        assert_eq!(std::fs::read(&file).unwrap(), b"x");
+        assert!(matches!(connect(&dir.path().join("no")).await, Err(SocketError::Missing { .. })));
+        let long = dir.path().join("x".repeat(MAX_SOCKET_PATH));
+        assert!(matches!(connect(&long).await, Err(SocketError::PathTooLong { .. })));
+        let refused = MigrationListener::bind(dir.path(), &"x".repeat(MAX_SOCKET_PATH)).unwrap_err();
+        assert!(refused.to_string().contains("more than 107 bytes"), "{refused}");
+    }
+}
