@@ -11,8 +11,10 @@
 
 pub mod chunk;
 pub mod frame;
+pub mod handover;
 pub mod identity;
 pub mod ids;
+pub mod journal;
 pub mod limits;
 pub mod message;
 pub mod negotiate;

@@ -262,7 +262,7 @@ mod tests {
         receiver.admit(chunks[0].header()).unwrap();
         assert!(receiver.refused(Seq(0)));
         assert!(!receiver.refused(Seq(0)));
-        assert_eq!(apply_all(&mut receiver).unwrap(), []);
+        assert!(apply_all(&mut receiver).unwrap().is_empty());
         take(&mut receiver, &chunks[0]);
         assert_eq!(apply_all(&mut receiver).unwrap(), [0]);
     }
