@@ -23,6 +23,7 @@ pub mod receiver;
 pub mod record;
 pub mod sender;
 pub mod session;
+pub mod signed;
 pub mod units;
 
 pub use chunk::{ChunkHeader, Codec, EncodedChunk, SealedChunk, Sealer, VerifiedChunk, Verifier};

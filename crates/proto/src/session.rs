@@ -82,6 +82,12 @@ pub fn handover_message(side: Side, session: &SessionId, body: &[u8]) -> Vec<u8>
     compose("handover", side, session, &[body])
 }
 
+/// What stands for a whole v1 transfer, where nothing was hashed: the session and the stream's length.
+pub fn bytes_root(session: &SessionId, length: u64) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("dwcp 2026-11 v1 root");
+    *hasher.update(&session.0).update(&length.to_be_bytes()).finalize().as_bytes()
+}
+
 fn compose(kind: &str, side: Side, session: &SessionId, parts: &[&[u8]]) -> Vec<u8> {
     let side = match side {
         Side::Source => "source",

@@ -77,9 +77,9 @@ impl Qmp {
             let (read, write) = stream.into_split();
             let mut lines = Lines { reader: BufReader::with_capacity(64 << 10, read), line: Vec::new() };
             let version = greeting(path, &mut lines).await?;
-            Ok((version, lines, write))
+            Ok((version, lines, write, pid))
         });
-        let (version, lines, write) = connected
+        let (version, lines, write, pid) = connected
             .await
             .map_err(|_| QmpError::NoGreeting { path: path.to_owned(), after: config.connect })??;
         let shared = Arc::new(Shared {
@@ -99,7 +99,7 @@ impl Qmp {
             shared: shared.clone(),
         };
         tokio::spawn(link.run());
-        let qmp = Qmp { shared, requests, config, version };
+        let qmp = Qmp { shared, requests, config, version, pid };
         let left = limit.saturating_duration_since(tokio::time::Instant::now());
         qmp.execute_within("qmp_capabilities", Value::Null, left).await?;
         Ok(qmp)
@@ -161,6 +161,11 @@ impl Qmp {
     /// The version from the greeting.
     pub fn version(&self) -> &Version {
         &self.version
+    }
+
+    /// The process that opened the QMP socket for listening: the VMM, unless somebody handed the socket to it.
+    pub fn pid(&self) -> Option<i32> {
+        self.pid
     }
 
     /// The socket's path.
