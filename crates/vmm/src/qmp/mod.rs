@@ -6,6 +6,8 @@ mod client;
 mod error;
 mod event;
 mod qemu;
+#[cfg(test)]
+mod tests;
 mod types;
 
 pub use client::{Events, MAX_LINE, Qmp, QmpConfig};
