@@ -89,7 +89,8 @@ impl Connection {
         self.reader.socket.as_ref().map_or_else(Gauge::none, Socket::gauge)
     }
 
-    /// The two directions, to be used at once. The connection closes when both are dropped.
+    /// The two directions, to be used at once. The connection closes when both are dropped; a plain one tells the peer
+    /// of its end already when the writer is.
     pub fn into_split(self) -> (Reader, Writer) {
         (self.reader, self.writer)
     }

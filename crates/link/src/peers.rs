@@ -99,6 +99,11 @@ impl Roster {
         self.nodes.contains_key(node)
     }
 
+    /// The node's keys: one, or several while it changes from one to the next.
+    pub fn keys<'a>(&'a self, node: &'a NodeName) -> impl Iterator<Item = &'a PeerKey> {
+        self.keys.values().filter(move |key| key.node() == node)
+    }
+
     /// The nodes, in order.
     pub fn nodes(&self) -> impl Iterator<Item = &NodeName> {
         self.nodes.keys()
@@ -296,6 +301,7 @@ mod tests {
         fs::write(dir.path().join(".hv-03.pub.swp"), "an editor's").unwrap();
         let roster = Peers::load(dir.path()).unwrap().roster();
         assert!(keys.iter().all(|key| roster.trusts(key)));
+        assert_eq!(roster.keys(&NodeName::new("hv-02").unwrap()).count(), 3);
         assert_eq!(roster.nodes().map(NodeName::as_str).collect::<Vec<_>>(), ["hv-01.dc1", "hv-02"]);
     }
 

@@ -275,3 +275,85 @@ impl fmt::Debug for Key {
         fmt::Debug::fmt(&self.0, f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpStream;
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+    use crate::{Identity, ListenOptions, Listener};
+
+    fn key(node: &str) -> Arc<NodeKey> {
+        Arc::new(NodeKey::from_seed(NodeName::new(node).unwrap(), &[node.as_bytes()[0]; 32]))
+    }
+
+    /// What a listener that trusts `src` makes of a client with these settings.
+    async fn refusals(config: ClientConfig) -> Vec<(&'static str, u64)> {
+        let identity = Identity::new(key("dst"), Arc::new(Peers::of([key("src").public()]))).unwrap();
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let mut listener = Listener::bind(any, &identity, ListenOptions::default()).await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr()).await.unwrap();
+        let name = ServerName::from(IpAddr::from(Ipv4Addr::LOCALHOST));
+        if let Ok(mut stream) = TlsConnector::from(Arc::new(config)).connect(name, stream).await {
+            tokio::select! {
+                _ = stream.read_u8() => {}
+                _ = listener.accept() => return Vec::new(),
+            }
+        }
+        let counts = listener.refusals();
+        while counts.counts().values().sum::<u64>() == 0 {
+            tokio::task::yield_now().await;
+        }
+        counts.counts().into_iter().filter(|(_, count)| *count > 0).collect()
+    }
+
+    fn client(credentials: &Credentials) -> ClientConfig {
+        let dst = Peers::of([key("dst").public()]);
+        client_config(credentials, dst.roster(), key("dst").node()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn who_presents_a_trusted_key_must_hold_its_secret() {
+        assert_eq!(refusals(client(&Credentials::new(key("src")))).await, []);
+        let public = CertificateDer::from(spki(key("src").public().as_bytes()));
+        let impostor = Credentials(Arc::new(CertifiedKey::new(vec![public], Arc::new(Key(key("mallory"))))));
+        assert_eq!(refusals(client(&impostor)).await, [("tls_failed", 1)]);
+    }
+
+    #[tokio::test]
+    async fn a_client_must_name_our_protocol() {
+        for protocols in [vec![], vec![b"h2".to_vec()]] {
+            let mut config = client(&Credentials::new(key("src")));
+            config.alpn_protocols = protocols;
+            assert_eq!(refusals(config).await, [("protocol", 1)]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_without_a_key_is_refused() {
+        let mut config = client(&Credentials::new(key("src")));
+        config.client_auth_cert_resolver = Arc::new(NoKey);
+        assert_eq!(refusals(config).await, [("protocol", 1)]);
+    }
+
+    #[derive(Debug)]
+    struct NoKey;
+
+    impl rustls::client::ResolvesClientCert for NoKey {
+        fn resolve(&self, _hints: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+            None
+        }
+
+        fn only_raw_public_keys(&self) -> bool {
+            true
+        }
+
+        fn has_certs(&self) -> bool {
+            false
+        }
+    }
+}

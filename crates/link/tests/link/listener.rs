@@ -94,7 +94,7 @@ async fn the_silent_and_the_slow_are_dropped_at_the_deadline() {
 async fn a_flood_meets_the_cap_and_running_connections_go_on() {
     let (src, dst) = both();
     let options =
-        ListenOptions { max_pending_per_source: 4, handshake_timeout: SHORT * 5, ..ListenOptions::default() };
+        ListenOptions { max_pending_per_source: 4, handshake_timeout: SHORT * 2, ..ListenOptions::default() };
     let mut listener = listen(&dst, options).await;
     let mut here = dial_dst(&listener, &src).await.unwrap();
     let mut there = within(listener.accept()).await.unwrap();

@@ -59,6 +59,7 @@ async fn a_key_that_the_listener_does_not_know_is_refused_and_told_so() {
         "{error}"
     );
     assert_eq!((error.code(), error.blame()), ("key_refused", Blame::Peer));
+    drop(connection);
     refused(&listener, "unknown_peer", 1).await;
 }
 
