@@ -1,7 +1,8 @@
 //! Real agents: the built `dwcpd` with a configuration of its own, driven by the built `dwcpctl`.
 
+use std::fmt::Display;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -152,7 +153,8 @@ impl Agent {
     pub fn prepare(dir: &Path, node: &str, config: AgentConfig) -> Result<Self> {
         let dir = dir.join(node);
         fs::create_dir_all(dir.join("peers"))?;
-        run_ctl(&[&"keygen", &"--node", &node, &"--out", &dir.display()])?.success()?;
+        run_ctl(&["keygen", "--node", node, "--out", &dir.to_string_lossy()].map(str::to_owned))?
+            .success()?;
         Ok(Agent { node: node.to_owned(), dir, config, child: None, listen: None })
     }
 
@@ -239,23 +241,30 @@ impl Agent {
     ///
     /// # Errors
     /// It cannot be started; that it fails is in its output.
-    pub fn ctl(&self, args: &[&dyn std::fmt::Display]) -> Result<CtlOutput> {
-        let agent = format!("unix:{}", self.rpc_path().display());
-        let mut all: Vec<&dyn std::fmt::Display> = vec![&"--agent", &agent];
-        all.extend(args);
-        run_ctl(&all)
+    pub fn ctl(&self, args: &[&dyn Display]) -> Result<CtlOutput> {
+        run_ctl(&self.with_address(args))
     }
 
-    /// The same, in the background; dropping the child does not end it, its time limit does.
+    /// The same, with each line of its standard output handed to `line` as it comes.
     ///
     /// # Errors
-    /// It cannot be started.
-    pub fn ctl_spawn(&self, args: &[&dyn std::fmt::Display]) -> Result<Child> {
-        let agent = format!("unix:{}", self.rpc_path().display());
-        let mut command = Command::new(program("dwcpctl")?);
-        command.args(["--agent", &agent]).args(args.iter().map(|word| word.to_string()));
-        let mut command = bounded(CTL, &command);
-        Ok(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+    /// As [`Agent::ctl`].
+    pub fn ctl_watched(&self, args: &[&dyn Display], mut line: impl FnMut(&str)) -> Result<CtlOutput> {
+        let mut command = bounded(CTL, &ctl_command(&self.with_address(args))?);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let stdout = child.stdout.take().context("standard output")?;
+        let stderr = child.stderr.take().context("standard error")?;
+        // Read beside it, since a full pipe would stop the program.
+        let stderr = std::thread::spawn(move || std::io::read_to_string(stderr));
+        let mut said = String::new();
+        for text in BufReader::new(stdout).lines() {
+            let text = text?;
+            line(&text);
+            said += &(text + "\n");
+        }
+        let status = child.wait()?.code();
+        let stderr = stderr.join().map_err(|_| anyhow!("standard error"))??;
+        Ok(CtlOutput { status, stdout: said, stderr })
     }
 
     /// The node's name.
@@ -339,6 +348,11 @@ impl Agent {
         }
     }
 
+    fn with_address(&self, args: &[&dyn Display]) -> Vec<String> {
+        let address = ["--agent".to_owned(), format!("unix:{}", self.rpc_path().display())];
+        address.into_iter().chain(args.iter().map(|word| word.to_string())).collect()
+    }
+
     fn rpc_path(&self) -> PathBuf {
         self.dir.join("rpc.sock")
     }
@@ -364,10 +378,14 @@ pub(crate) fn program(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn run_ctl(args: &[&dyn std::fmt::Display]) -> Result<CtlOutput> {
+fn run_ctl(args: &[String]) -> Result<CtlOutput> {
+    Ok(collect(bounded(CTL, &ctl_command(args)?).stdin(Stdio::null()).output()?))
+}
+
+fn ctl_command(args: &[String]) -> Result<Command> {
     let mut command = Command::new(program("dwcpctl")?);
-    command.args(args.iter().map(|word| word.to_string()));
-    Ok(collect(bounded(CTL, &command).stdin(Stdio::null()).output()?))
+    command.args(args);
+    Ok(command)
 }
 
 /// The same command under timeout(1).

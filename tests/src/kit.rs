@@ -66,9 +66,7 @@ impl Kit {
             Ok(kit) => return Some(kit),
             Err(why) => why,
         };
-        assert!(std::env::var("CI").as_deref() != Ok("true"), "{test}: {why:#}");
-        // Not `eprintln!`: the test harness swallows that of a test that passes.
-        let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why:#}");
+        skip(test, &format!("{why:#}"));
         None
     }
 
@@ -116,6 +114,16 @@ impl Kit {
             .env("QEMU_MODULE_DIR", multiarch.join("qemu"));
         command
     }
+}
+
+/// Says that `test` is skipped, and why.
+///
+/// # Panics
+/// In CI (`CI=true`), where nothing may be skipped.
+pub fn skip(test: &str, why: &str) {
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "{test}: {why}");
+    // Not `eprintln!`: the test harness swallows that of a test that passes.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }
 
 /// The target folder that this program was built into (`CARGO_TARGET_DIR` and other layouts included).

@@ -1,5 +1,6 @@
 //! The usual scene of an end-to-end test: a guest at node `a`, a QEMU that waits at node `b`, and an agent at each.
 
+use std::fmt::Display;
 use std::path::Path;
 
 use anyhow::Result;
@@ -75,12 +76,19 @@ impl Scene {
     /// # Errors
     /// `dwcpctl` cannot be started.
     pub fn migrate(&self, arguments: &[&str]) -> Result<CtlOutput> {
+        self.migrate_watched(arguments, |_| ())
+    }
+
+    /// The same, with each line of `dwcpctl --json` handed to `line` as it comes.
+    ///
+    /// # Errors
+    /// As [`Scene::migrate`].
+    pub fn migrate_watched(&self, arguments: &[&str], line: impl FnMut(&str)) -> Result<CtlOutput> {
         let (qmp, target) = (self.from.qmp_path(), self.b.target()?);
         let qmp = qmp.display();
-        let mut all: Vec<&dyn std::fmt::Display> =
-            vec![&"migrate", &VM, &"--qmp", &qmp, &"--to", &target, &"--json"];
-        all.extend(arguments.iter().map(|word| word as &dyn std::fmt::Display));
-        self.a.ctl(&all)
+        let mut all: Vec<&dyn Display> = vec![&"migrate", &VM, &"--qmp", &qmp, &"--to", &target, &"--json"];
+        all.extend(arguments.iter().map(|word| word as &dyn Display));
+        self.a.ctl_watched(&all, line)
     }
 
     /// Both steps, with the result's JSON.
@@ -88,9 +96,17 @@ impl Scene {
     /// # Errors
     /// Either step fails; the agents' logs are in the error.
     pub fn move_guest(&self, arguments: &[&str]) -> Result<Value> {
+        self.move_guest_watched(arguments, |_| ())
+    }
+
+    /// The same, with each line of `dwcpctl --json` handed to `line` as it comes.
+    ///
+    /// # Errors
+    /// As [`Scene::move_guest`].
+    pub fn move_guest_watched(&self, arguments: &[&str], line: impl FnMut(&str)) -> Result<Value> {
         let moved = || -> Result<Value> {
             self.incoming()?.success()?;
-            self.migrate(arguments)?.success()?.json()
+            self.migrate_watched(arguments, line)?.success()?.json()
         };
         moved()
             .map_err(|error| error.context(format!("agent a:\n{}\nagent b:\n{}", self.a.log(), self.b.log())))

@@ -36,6 +36,10 @@ impl Apt {
     /// No apt here, no source of Debian 12 in the machine's settings, or no mirror in reach.
     pub(crate) fn open(folder: &Path) -> Result<Self> {
         ensure!(
+            std::env::consts::ARCH == "x86_64",
+            "the laboratory's machines are x86-64, and so must this one be"
+        );
+        ensure!(
             installed("apt-get") && installed("dpkg-deb"),
             "the laboratory comes from Debian's packages: apt-get and dpkg-deb are needed, on Debian 12 or a relative"
         );
@@ -46,13 +50,15 @@ impl Apt {
         fs::write(folder.join("sources.list"), sources()?)?;
         fs::write(folder.join("apt.conf"), configuration(folder))?;
         let apt = Apt { folder: folder.to_owned() };
-        let complaints = output(apt.get(UPDATE).args(["-q", "update"])).context(
-            "the lists of Debian's packages cannot be fetched: is the network or the mirror down?",
-        )?;
-        ensure!(
-            !complaints.contains("Err:"),
-            "the lists of Debian's packages cannot be fetched:\n{complaints}"
-        );
+        let said = output(apt.get(UPDATE).args(["-q", "update"]))?;
+        // A mirror out of reach is a mere warning to apt; the reason is on the line after it.
+        if let Some(at) = said.find("Err:") {
+            let why: Vec<&str> = said[at..].lines().take(2).map(str::trim).collect();
+            bail!(
+                "the lists of Debian's packages cannot be fetched; is the network down? {}",
+                why.join(": ")
+            );
+        }
         Ok(apt)
     }
 

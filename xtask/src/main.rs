@@ -1,11 +1,17 @@
 //! The chores of this repository. `cargo xtask demo` shows the product, `cargo xtask test` tests it, from nothing.
 
 mod apt;
+mod check;
 mod cpio;
+mod deb;
+mod demo;
+mod fuzz;
 mod run;
 mod setup;
+mod test;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -17,12 +23,38 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Chore {
+    /// Move a live guest from one agent to another and back, and show what it took
+    Demo,
+    /// Run all tests, from nothing: laboratory, build, unit, documentation and end-to-end tests
+    Test,
+    /// Check format, lints, documentation, licences, and that no file names a path of this machine
+    Check,
+    /// Fuzz every target
+    Fuzz {
+        /// Seconds for each of them
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
+    /// Build the Debian package into target/debian
+    Deb,
     /// Get QEMU 7.2 and 10.0 and a kernel from Debian's packages into target/lab, and build the test guest
     Setup,
 }
 
-fn main() -> Result<()> {
-    match Arguments::parse().chore {
+fn main() -> ExitCode {
+    let done = match Arguments::parse().chore {
+        Chore::Demo => demo::demo(),
+        Chore::Test => test::test(),
+        Chore::Check => check::check(),
+        Chore::Fuzz { seconds } => fuzz::fuzz(seconds),
+        Chore::Deb => deb::deb().map(|package| println!("{}", package.display())),
         Chore::Setup => setup::setup().map(drop),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
