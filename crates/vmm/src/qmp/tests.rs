@@ -9,8 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::*;
 
-const GREETING: &str =
-    "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"\"}, \
+const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"\"}, \
      \"capabilities\": [\"oob\", \"news\"]}}\r\n";
 
 /// Short where a test waits for it to pass, long where it must not.
@@ -112,7 +111,8 @@ async fn answers_find_their_commands_and_events_come_in_between() {
 async fn a_refusal_carries_the_vmms_words() {
     let place = place();
     let (qmp, mut server) = place.pair(config(LONG)).await;
-    let refuse = |_: &Value| "{\"id\": ID, \"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}".to_owned();
+    let refuse =
+        |_: &Value| "{\"id\": ID, \"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}".to_owned();
     let (outcome, _) = tokio::join!(qmp.execute("cont", Value::Null), server.answer(refuse));
     let error = outcome.unwrap_err();
     assert!(error.is_refusal());

@@ -63,7 +63,8 @@ pub struct Cutter {
     parsed: usize,
     filled: usize,
     parser: Parser,
-    opaque: Option<OpaqueReason>,
+    /// Why and from which stream offset on everything is opaque.
+    opaque: Option<(OpaqueReason, u64)>,
     pages: PageOrder,
     open: Index,
     closed: Vec<Closed>,
@@ -154,8 +155,7 @@ impl Cutter {
     /// bytes.
     pub fn finish(&mut self) {
         if self.parsed < self.filled {
-            self.opaque.get_or_insert(OpaqueReason::Truncated);
-            self.parse();
+            self.give_up(OpaqueReason::Truncated);
         }
         self.flush();
     }
@@ -163,19 +163,29 @@ impl Cutter {
     /// Stops looking into the stream: everything from the first byte not yet parsed is opaque. For a caller that
     /// found out on its own that the stream must not be taken apart.
     pub fn give_up(&mut self, reason: OpaqueReason) {
-        self.opaque.get_or_insert(reason);
+        self.turn_opaque(reason);
         self.parse();
     }
 
     /// Why the stream is opaque from some point on, once it is. [`OpaqueReason::DeviceState`] is the regular end of
     /// RAM.
     pub fn opaque_reason(&self) -> Option<OpaqueReason> {
-        self.opaque
+        self.opaque.map(|(reason, _)| reason)
+    }
+
+    /// Where the stream became opaque, once it did.
+    pub fn opaque_from(&self) -> Option<StreamOffset> {
+        self.opaque.map(|(_, from)| StreamOffset(from))
     }
 
     /// The RAM blocks that the stream listed; empty before it did.
     pub fn layout(&self) -> &Layout {
         &self.parser.layout
+    }
+
+    /// Whether the list of RAM blocks is behind us, so that [`layout`](Self::layout) is whole.
+    pub fn in_ram(&self) -> bool {
+        self.parser.in_ram()
     }
 
     /// The machine type that the stream named, if it did.
@@ -209,7 +219,7 @@ impl Cutter {
                             self.pages.begin(next, page);
                         }
                         Admit::Exhausted => {
-                            self.opaque = Some(OpaqueReason::TooManyRounds);
+                            self.turn_opaque(OpaqueReason::TooManyRounds);
                             break;
                         }
                     }
@@ -220,12 +230,16 @@ impl Cutter {
                     self.parsed += len;
                 }
                 Step::NeedMore => return,
-                Step::Opaque(reason) => self.opaque = Some(reason),
+                Step::Opaque(reason) => self.turn_opaque(reason),
             }
         }
         if self.opaque.is_some() {
             self.pass(self.filled - self.parsed);
         }
+    }
+
+    fn turn_opaque(&mut self, reason: OpaqueReason) {
+        self.opaque.get_or_insert((reason, self.base + self.parsed as u64));
     }
 
     /// Goes over bytes that are not pages.

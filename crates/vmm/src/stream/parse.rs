@@ -182,6 +182,12 @@ impl Parser {
         }
     }
 
+    /// Whether the list of RAM blocks was read to its end.
+    pub(super) fn in_ram(&self) -> bool {
+        let in_list = matches!(self.state, State::Blocks { left: 1.., .. });
+        !self.layout.blocks().is_empty() && !in_list
+    }
+
     /// Understands the item at the start of `bytes`, which may be short. An item is counted once: on
     /// [`Step::Item`] the caller goes on behind it.
     pub(super) fn step(&mut self, bytes: &[u8]) -> Step {
