@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::run::{bounded, cargo, installed, output, root, run};
+use crate::run::{bounded, cargo, output, root, run};
+use crate::tools::{DENY, with_tools};
 
 /// For lints of a workspace that was never built.
 const LINT: Duration = Duration::from_secs(20 * 60);
@@ -52,11 +53,23 @@ pub(crate) fn check() -> Result<()> {
     run(cargo(LINT)
         .args(["doc", "--quiet", "--release", "--workspace", "--no-deps", "--document-private-items"])
         .env("RUSTDOCFLAGS", "--deny warnings"))?;
-    if installed("cargo-deny") {
+    if std::env::var("CI").as_deref() == Ok("true") {
+        // Some minutes to build: not asked of everybody.
+        DENY.ensure()?;
+    }
+    if DENY.present()? {
         println!("licences, bans, sources");
-        run(cargo(QUICK)
-            .args(["deny", "--all-features", "check", "--hide-inclusion-graph"])
-            .args(["bans", "licenses", "sources"]))?;
+        let mut deny = cargo(QUICK);
+        deny.args([
+            "deny",
+            "--all-features",
+            "check",
+            "--hide-inclusion-graph",
+            "bans",
+            "licenses",
+            "sources",
+        ]);
+        run(with_tools(&mut deny)?)?;
     } else {
         println!("SKIPPED licences, bans, sources: no cargo-deny here (`cargo install --locked cargo-deny`)");
     }

@@ -1,15 +1,14 @@
 //! `cargo xtask fuzz`: the targets in fuzz/, with libFuzzer and a nightly compiler.
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
-use dwcp_tests::target_dir;
 
 use crate::run::{bounded, installed, output, root, run};
+use crate::tools::{FUZZ, with_tools};
 
-/// For cargo-fuzz itself, or for building the targets.
+/// For building the targets.
 const BUILD: Duration = Duration::from_secs(15 * 60);
 
 /// Runs every target for so many seconds; a crash is an error, and its input is kept in fuzz/artifacts.
@@ -23,39 +22,22 @@ pub(crate) fn fuzz(seconds: u64) -> Result<()> {
         println!("SKIPPED fuzz: no nightly toolchain here (`rustup toolchain install nightly`)");
         return Ok(());
     }
-    let tools = tools()?;
-    for target in output(nightly(BUILD, &tools).args(["fuzz", "list"]))?.lines() {
+    FUZZ.ensure()?;
+    for target in output(with_tools(nightly(BUILD).args(["fuzz", "list"]))?)?.lines() {
         println!("fuzz {target}: {seconds} s");
-        let time = Duration::from_secs(seconds) + BUILD;
-        run(nightly(time, &tools)
-            .args(["fuzz", "run", target, "--", "-print_final_stats=1"])
-            .arg(format!("-max_total_time={seconds}")))?;
+        let mut command = nightly(BUILD + Duration::from_secs(seconds));
+        command.args(["fuzz", "run", target, "--", "-print_final_stats=1", "-verbosity=0"]);
+        command.arg(format!("-max_total_time={seconds}"));
+        run(with_tools(&mut command)?)?;
     }
     Ok(())
 }
 
-/// The folder with `cargo-fuzz`, which is built into it where the machine has none.
-fn tools() -> Result<PathBuf> {
-    let root = target_dir()?.join("tools");
-    if !installed("cargo-fuzz") && !root.join("bin/cargo-fuzz").is_file() {
-        println!("building cargo-fuzz, once");
-        run(bounded(BUILD, "cargo").args(["install", "--quiet", "--locked", "--root"]).arg(&root).args([
-            "cargo-fuzz",
-            "--version",
-            "^0.13",
-        ]))?;
-    }
-    Ok(root.join("bin"))
-}
-
-fn nightly(limit: Duration, tools: &Path) -> Command {
-    let mut paths = vec![tools.to_owned()];
-    paths.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+fn nightly(limit: Duration) -> Command {
     let mut command = bounded(limit, "rustup");
     command
         .args(["run", "nightly", "cargo"])
         .current_dir(root())
-        .env("PATH", std::env::join_paths(paths).unwrap_or_default())
         // The cargo that runs us told its children to be of its own version.
         .env_remove("RUSTUP_TOOLCHAIN")
         .env_remove("CARGO");

@@ -9,6 +9,7 @@ mod fuzz;
 mod run;
 mod setup;
 mod test;
+mod tools;
 
 use std::process::ExitCode;
 
