@@ -1,9 +1,35 @@
-//! (being laid)
+//! One live migration end to end, and the engine that runs all of a node's.
+//!
+//! ```text
+//! Engine ── prepare_incoming ─► destination: waits for hello, receives, hands over
+//!        └─ migrate ──────────► source: plan, session, precopy, switchover, handover
+//!
+//! source:       VMM ─► ingest ─► chunks (v3) | bytes (v1) ─► connections
+//! destination:  connections ─► chunks | bytes ─► VMM
+//! both:         control (messages, reconnection) ─► pilot (handover machine, journal, VMM commands)
+//! ```
+//!
+//! The decisions are made by the state machines of `dwcp-proto`; this crate gives them I/O and a clock. Codec work runs on a
+//! bounded pool of plain threads, everything else on tokio.
+
+mod bucket;
+mod control;
+mod counters;
+mod destination;
 pub mod engine;
 pub mod error;
+mod guest;
+mod handshake;
+mod journal;
 pub mod metrics;
+mod pilot;
+mod pool;
+mod report;
+mod source;
 pub mod spec;
 pub mod status;
+mod wire;
 
 pub use engine::{CheckReport, Engine, EngineConfig, Gate, Limits, Policy, V1Policy};
 pub use error::{Blame, Failure};
+pub use metrics::Metrics;

@@ -243,7 +243,7 @@ pub struct Challenge {
 }
 
 /// What a joining connection is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, prost::Enumeration)]
 #[repr(i32)]
 pub enum Purpose {
     /// Messages.

@@ -1,0 +1,242 @@
+//! The control connection: messages between the two ends of a session, over as many connections in turn as it takes.
+//!
+//! A lost connection is made again by the source (a join); the destination waits for it. What was on its way when it
+//! broke is gone: whoever sees [`Event::Up`] says again what the other may have missed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dwcp_link::{Reader, Writer};
+use dwcp_proto::limits::MAX_CONTROL;
+use dwcp_proto::message::{Ack, Body, Ping, Purpose};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval, sleep};
+use tracing::{debug, info};
+
+use crate::counters::Counters;
+use crate::error::Failure;
+use crate::handshake::{Arrival, Dialler, Session};
+use crate::wire::{Frame, WireError, read_frame, refusal_failure, write_message};
+
+/// Between two signs of life asked of the peer.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// After so long without a word from the peer its connection counts as dead.
+const SILENCE: Duration = Duration::from_secs(4);
+/// Between two attempts to connect again: data flows again well within a second of the link's return.
+pub(crate) const RETRY: Duration = Duration::from_millis(200);
+/// Messages that may wait for the connection; more than a handover and a few refusals never come together.
+const QUEUE: usize = 64;
+
+/// What happens on the control connection.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// There is a connection.
+    Up,
+    /// There is none for now.
+    Down(String),
+    /// The peer said something.
+    Message(Body),
+    /// There will be none any more: the peer refuses, or broke the protocol.
+    Lost(Failure),
+}
+
+/// How to speak to the peer.
+#[derive(Debug, Clone)]
+pub(crate) struct Control {
+    out: mpsc::Sender<Body>,
+}
+
+/// Where the source's control connections come from.
+pub(crate) enum Origin {
+    /// We dial.
+    Dial(Dialler),
+    /// They arrive; with what an answer to a join says.
+    Accept(mpsc::Receiver<Arrival>, watch::Receiver<Ack>),
+}
+
+impl Control {
+    /// Starts serving the session's control connections, beginning with the one that opened it. The task ends with
+    /// `Event::Lost` or when `Control` and the events' receiver are dropped.
+    pub(crate) fn start(
+        session: Arc<Session>,
+        first: (Reader, Writer),
+        origin: Origin,
+        acks: watch::Receiver<Ack>,
+        counters: Arc<Counters>,
+    ) -> (Control, mpsc::Receiver<Event>, impl Future<Output = ()> + Send) {
+        let (out, messages) = mpsc::channel(QUEUE);
+        let (events, receiver) = mpsc::channel(QUEUE);
+        let server = Server { session, messages, events, acks, counters, started: Instant::now() };
+        (Control { out }, receiver, server.run(first, origin))
+    }
+
+    /// Says `body` as soon as there is a connection to say it on. Lost with the connection.
+    pub(crate) async fn say(&self, body: Body) {
+        // An error means that the session is over.
+        let _ = self.out.send(body).await;
+    }
+}
+
+struct Server {
+    session: Arc<Session>,
+    messages: mpsc::Receiver<Body>,
+    events: mpsc::Sender<Event>,
+    acks: watch::Receiver<Ack>,
+    counters: Arc<Counters>,
+    started: Instant,
+}
+
+impl Server {
+    async fn run(mut self, first: (Reader, Writer), mut origin: Origin) {
+        let mut halves = first;
+        let mut ticket = 0;
+        loop {
+            if self.events.send(Event::Up).await.is_err() {
+                return;
+            }
+            let error = match self.serve(halves).await {
+                Some(error) => error,
+                None => return,
+            };
+            if !error.is_transient() {
+                let _ = self.events.send(Event::Lost(error.failure())).await;
+                return;
+            }
+            info!(%error, "control connection lost");
+            if self.events.send(Event::Down(error.to_string())).await.is_err() {
+                return;
+            }
+            halves = match self.again(&mut origin, &mut ticket).await {
+                Some(halves) => halves,
+                None => return,
+            };
+            self.counters.reconnects.add(1);
+        }
+    }
+
+    /// The next connection; `None` once nobody waits for it any more.
+    async fn again(&mut self, origin: &mut Origin, ticket: &mut u64) -> Option<(Reader, Writer)> {
+        loop {
+            let Server { session, messages, events, .. } = self;
+            let attempt = async {
+                match origin {
+                    Origin::Dial(dialler) => {
+                        *ticket += 1;
+                        match dialler.join(session, Purpose::Control, 0, *ticket).await {
+                            Ok((reader, writer, _, _)) => Ok(Some((reader, writer))),
+                            Err(error) => Err(error),
+                        }
+                    }
+                    Origin::Accept(arrivals, state) => match arrivals.recv().await {
+                        Some(arrival) => {
+                            let ack = *state.borrow_and_update();
+                            arrival.accept(session, ack.next, ack.applied).await.map(Some)
+                        }
+                        None => Ok(None),
+                    },
+                }
+            };
+            tokio::pin!(attempt);
+            let outcome = loop {
+                tokio::select! {
+                    outcome = &mut attempt => break outcome,
+                    // What is said while nobody listens is lost; the queue must not fill.
+                    message = messages.recv() => match message {
+                        Some(body) => debug!(kind = body.kind(), "not said: no connection"),
+                        None => return None,
+                    },
+                    () = events.closed() => return None,
+                }
+            };
+            match outcome {
+                Ok(halves) => return halves,
+                Err(error) if error.is_transient() => {
+                    debug!(%error, "control connection not made again yet");
+                    sleep(RETRY).await;
+                }
+                Err(error) => {
+                    let _ = events.send(Event::Lost(error.failure())).await;
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Serves one connection until it fails; `None` once nobody needs it any more.
+    async fn serve(&mut self, (mut reader, mut writer): (Reader, Writer)) -> Option<WireError> {
+        let (pongs, mut pings) = mpsc::channel::<Ping>(4);
+        let read = read_all(&mut reader, &self.events, pongs, self.started, &self.counters);
+        tokio::pin!(read);
+        let mut heartbeat = interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Acknowledgements are state, not events: the newest is all the peer needs.
+        self.acks.mark_changed();
+        let mut acks_open = true;
+        loop {
+            let body = tokio::select! {
+                error = &mut read => return error,
+                Some(ping) = pings.recv() => Body::Pong(ping),
+                message = self.messages.recv() => match message {
+                    Some(body) => body,
+                    None => return None,
+                },
+                changed = self.acks.changed(), if acks_open => match changed {
+                    Ok(()) => Body::Ack(*self.acks.borrow_and_update()),
+                    Err(_) => { acks_open = false; continue }
+                },
+                _ = heartbeat.tick() => {
+                    Body::Ping(Ping { token: self.started.elapsed().as_micros() as u64 })
+                }
+            };
+            let write = write_message(&mut writer, body);
+            tokio::select! {
+                wrote = write => if let Err(error) = wrote {
+                    // The reader may know better why.
+                    let waited = tokio::time::timeout(Duration::from_millis(100), &mut read).await;
+                    return waited.unwrap_or(Some(error));
+                },
+                error = &mut read => return error,
+            }
+        }
+    }
+}
+
+async fn read_all(
+    reader: &mut Reader,
+    events: &mpsc::Sender<Event>,
+    pongs: mpsc::Sender<Ping>,
+    started: Instant,
+    counters: &Counters,
+) -> Option<WireError> {
+    loop {
+        let frame = match tokio::time::timeout(SILENCE, read_frame(reader, MAX_CONTROL)).await {
+            Err(_) => return Some(WireError::Timeout(SILENCE)),
+            Ok(Err(error)) => return Some(error),
+            Ok(Ok(frame)) => frame,
+        };
+        let body = match frame {
+            Frame::Message(body) => body,
+            Frame::Chunk(_) => {
+                return Some(WireError::Unexpected { got: "a chunk", expected: "a message" });
+            }
+        };
+        match body {
+            // A full queue means a peer that asks faster than it reads; the newest question is answered later.
+            Body::Ping(ping) => drop(pongs.try_send(ping)),
+            Body::Pong(ping) => {
+                let now = started.elapsed().as_micros() as u64;
+                let rtt = now.saturating_sub(ping.token).max(1);
+                let least = counters.rtt_us.load();
+                if least == 0 || rtt < least {
+                    counters.rtt_us.set(rtt);
+                }
+            }
+            Body::Refused(refused) => return Some(WireError::Refused(refusal_failure(refused))),
+            body => {
+                if events.send(Event::Message(body)).await.is_err() {
+                    return None;
+                }
+            }
+        }
+    }
+}

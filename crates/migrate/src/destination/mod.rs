@@ -1,0 +1,505 @@
+//! A migration at its destination.
+//!
+//! ```text
+//! incoming: the VMM waits ─► the source says hello ─► session ─► journal ─► `stop` while incoming
+//!         ─► stream to the VMM ─► completed and paused ─► receipt ─► (in doubt) ─► commit ─► `cont`
+//! ```
+
+mod bytes;
+mod chunks;
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use dwcp_link::{Reader, Writer};
+use dwcp_proto::handover::{AbortReason, Afterwards, Destination, Input, Outcome, Transfer, VmmState};
+use dwcp_proto::journal::{Accepted, Job};
+use dwcp_proto::message::{Ack, Body, Purpose};
+use dwcp_proto::{MigrationId, Path, Side};
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, RunState};
+use dwcp_vmm::socket;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, timeout, timeout_at};
+use tracing::{info, warn};
+
+use crate::control::{Control, Event, Origin};
+use crate::counters::Counters;
+use crate::engine::Shared;
+use crate::error::{Blame, Failure};
+use crate::guest::{Guest, qmp_failure};
+use crate::handshake::{Arrival, Session};
+use crate::journal::{Journal, WriteError};
+use crate::metrics::Metrics;
+use crate::pilot::{Machine, Pilot, Step};
+use crate::pool::Share;
+use crate::report::Report;
+use crate::source::asked;
+use crate::spec::{IncomingSpec, Leave};
+use crate::status::Phase;
+
+/// Between two looks at figures and clocks.
+const TICK: Duration = Duration::from_millis(250);
+/// Between two tries of what a VMM or the journal refused.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long a lost link is waited for before the receipt: longer than any source waits, so that it is the source who decides.
+const PATIENCE: Duration = Duration::from_secs(3900);
+/// How long the last word may take to be acknowledged after the end.
+const LINGER: Duration = Duration::from_secs(5);
+/// Connections that may wait to be taken up: all streams and the control connection, twice.
+pub(crate) const ARRIVALS: usize = 36;
+
+/// What both data paths need.
+#[derive(Clone)]
+pub(crate) struct Incoming {
+    session: Arc<Session>,
+    share: Share,
+    counters: Arc<Counters>,
+    metrics: Metrics,
+}
+
+/// A session that was agreed on, with the VMM that waits for it.
+pub(crate) struct Agreed {
+    pub(crate) id: MigrationId,
+    pub(crate) spec: IncomingSpec,
+    pub(crate) guest: Guest,
+    pub(crate) session: Session,
+    pub(crate) control: (Reader, Writer),
+    pub(crate) arrivals: mpsc::Receiver<Arrival>,
+}
+
+/// Receives the VM. The report's status is final when this returns.
+pub(crate) async fn run(
+    shared: Arc<Shared>,
+    agreed: Agreed,
+    report: Arc<Report>,
+    cancel: watch::Receiver<bool>,
+) {
+    let mut in_flight = shared.metrics.in_flight();
+    in_flight.path(agreed.session.path);
+    let session = agreed.session.id;
+    if let Err(error) = attempt(&shared, agreed, &report, cancel).await {
+        let failure = Failure::new(
+            "journal_failed",
+            Blame::Local,
+            error.to_string(),
+            AbortReason::JournalFailed.advice(),
+        );
+        warn!("{failure}");
+        report.end(Phase::Aborted, Some(failure));
+    }
+    shared.forget(&session);
+    shared.metrics.ended(&report.status());
+}
+
+async fn attempt(
+    shared: &Arc<Shared>,
+    agreed: Agreed,
+    report: &Arc<Report>,
+    cancel: watch::Receiver<bool>,
+) -> Result<(), WriteError> {
+    let Agreed { id, spec, guest, session, control: first, arrivals } = agreed;
+    let session = Arc::new(session);
+    info!(session = %session.id, path = session.path.name(), mode = session.mode.name(), "session stands");
+    report.session(&session);
+    report.set(|s| s.phase = Phase::Connecting);
+    let journal = Journal::create(&shared.config.state_dir, &id, Side::Destination).await?;
+    let (acks_tx, acks) = watch::channel(Ack::default());
+    let (rejoins_tx, rejoins) = mpsc::channel(ARRIVALS);
+    let counters = report.counters.clone();
+    let origin = Origin::Accept(rejoins, acks_tx.subscribe());
+    let (control, events, server) = Control::start(session.clone(), first, origin, acks, counters.clone());
+    let server = tokio::spawn(server);
+    let accepted = Accepted {
+        job: Job {
+            migration: id.clone(),
+            vm: spec.vm.clone(),
+            peer: spec.from.clone(),
+            qmp: guest.qemu.qmp().path().display().to_string(),
+            session: session.id,
+            path: session.path.name().to_owned(),
+            started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
+        },
+        on_abort: match spec.on_abort {
+            Leave::Leave => Afterwards::Leave,
+            Leave::Quit => Afterwards::Quit,
+        },
+    };
+    let guest = Arc::new(guest);
+    let machine = Machine::Destination(Destination::new(accepted));
+    let incoming = Incoming {
+        session: session.clone(),
+        share: shared.pool.share(),
+        counters,
+        metrics: shared.metrics.clone(),
+    };
+    let mut run = Run {
+        shared: shared.clone(),
+        id,
+        report: report.clone(),
+        pilot: Pilot::new(machine, journal, session, control.clone(), guest.clone()),
+        guest,
+        control,
+        incoming,
+        acks: Some(acks_tx),
+        rejoins: rejoins_tx,
+        data: None,
+        stream_end: watch::Sender::new(None),
+        tickets: HashMap::new(),
+        transport: JoinSet::new(),
+        arrived: None,
+        whole: false,
+        failure: None,
+        outcome: None,
+        dark_since: None,
+    };
+    run.drive(events, arrivals, cancel).await;
+    drop(run);
+    let _ = timeout(LINGER, server).await;
+    Ok(())
+}
+
+type Received = Result<(Transfer, UnixStream), Failure>;
+
+/// The state of a migration that has a session.
+struct Run {
+    shared: Arc<Shared>,
+    id: MigrationId,
+    report: Arc<Report>,
+    pilot: Pilot,
+    guest: Arc<Guest>,
+    control: Control,
+    incoming: Incoming,
+    /// Taken by the data path.
+    acks: Option<watch::Sender<Ack>>,
+    rejoins: mpsc::Sender<Arrival>,
+    data: Option<mpsc::Sender<Arrival>>,
+    /// The length of the v1 stream, once the source has told it.
+    stream_end: watch::Sender<Option<u64>>,
+    /// The last ticket of each connection: none is taken twice.
+    tickets: HashMap<(Purpose, u32), u64>,
+    transport: JoinSet<Received>,
+    /// Everything was given to the VMM; its socket stays open until it has ended by itself.
+    arrived: Option<(Transfer, UnixStream)>,
+    whole: bool,
+    failure: Option<Failure>,
+    outcome: Option<Outcome>,
+    dark_since: Option<Instant>,
+}
+
+impl Run {
+    async fn drive(
+        &mut self,
+        mut events: mpsc::Receiver<Event>,
+        mut arrivals: mpsc::Receiver<Arrival>,
+        mut cancel: watch::Receiver<bool>,
+    ) {
+        let mut qmp = self.guest.qemu.events();
+        let mut qmp_open = true;
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut retry = interval(RETRY);
+        retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut cancelling = false;
+        let steps = self.pilot.begin().await;
+        self.take(steps).await;
+        let guest = self.guest.clone();
+        let gone = guest.gone();
+        tokio::pin!(gone);
+        let mut gone_seen = false;
+        while self.outcome.is_none() {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.control_event(event).await,
+                    None => self.fail(AbortReason::LinkLost, ended()).await,
+                },
+                Some(arrival) = arrivals.recv() => self.arrival(arrival).await,
+                event = qmp.recv(), if qmp_open => match event {
+                    Ok(event) => self.qmp_event(event).await,
+                    Err(_) => qmp_open = false,
+                },
+                Some(done) = self.transport.join_next() => match done {
+                    Ok(Ok(arrived)) => {
+                        self.arrived = Some(arrived);
+                        self.whole_if_so().await;
+                    }
+                    Ok(Err(failure)) => self.transport_failed(failure).await,
+                    Err(error) => self.transport_failed(
+                        Failure::new("task", Blame::Local, format!("the data path failed: {error}"), "please report this"),
+                    ).await,
+                },
+                () = &mut gone, if !gone_seen => {
+                    gone_seen = true;
+                    let advice = AbortReason::VmmGoneDestination.advice();
+                    let failure = Failure::new("vmm_gone_destination", Blame::Vmm, "the destination's VMM ended", advice);
+                    self.failure.get_or_insert(failure);
+                    self.feed(Input::Vmm(VmmState::Gone)).await;
+                }
+                asked = asked(&mut cancel), if !cancelling => {
+                    cancelling = true;
+                    if asked {
+                        let failure = Failure::new("cancelled", Blame::Operator, AbortReason::Cancelled.advice(), "");
+                        self.fail(AbortReason::Cancelled, failure).await;
+                    }
+                }
+                _ = retry.tick() => self.feed(Input::Retry).await,
+                _ = tick.tick() => self.look().await,
+            }
+        }
+        self.finish().await;
+        // The source must learn how it ended; it may have to come back for it.
+        let until = tokio::time::Instant::now() + LINGER;
+        while !self.pilot.settled() {
+            tokio::select! {
+                event = timeout_at(until, events.recv()) => match event {
+                    Ok(Some(event)) => self.control_event(event).await,
+                    _ => break,
+                },
+                Some(arrival) = arrivals.recv() => self.arrival(arrival).await,
+            }
+        }
+    }
+
+    async fn feed(&mut self, input: Input) {
+        match self.pilot.feed(input).await {
+            Ok(steps) => self.take(steps).await,
+            Err(refused) => self.violation(refused.to_string()).await,
+        }
+    }
+
+    async fn violation(&mut self, text: String) {
+        self.shared.metrics.byzantine_attempt("protocol");
+        let failure =
+            Failure::new("protocol", Blame::PeerMisbehaving, text, AbortReason::PeerViolation.advice());
+        warn!("{failure}");
+        self.failure.get_or_insert(failure);
+        if let Ok(steps) = self.pilot.feed(Input::Abort(AbortReason::PeerViolation)).await {
+            Box::pin(self.take(steps)).await;
+        }
+    }
+
+    async fn fail(&mut self, reason: AbortReason, failure: Failure) {
+        warn!(code = %failure.code, reason = reason.code(), "{failure}");
+        self.failure.get_or_insert(failure);
+        self.feed(Input::Abort(reason)).await;
+    }
+
+    async fn take(&mut self, steps: Vec<Step>) {
+        for step in steps {
+            match step {
+                Step::StartMigration => {}
+                Step::AcceptStream => {
+                    if let Err(failure) = self.start().await {
+                        warn!("{failure}");
+                        self.failure.get_or_insert(failure);
+                        let refused = self.pilot.feed(Input::Abort(AbortReason::VmmFailedDestination)).await;
+                        if let Ok(steps) = refused {
+                            Box::pin(self.take(steps)).await;
+                        }
+                    }
+                }
+                Step::Finished(outcome) => self.outcome = Some(outcome),
+            }
+        }
+    }
+
+    /// Lets QEMU listen, connects to it, and starts the data path.
+    async fn start(&mut self) -> Result<(), Failure> {
+        let qemu = &self.guest.qemu;
+        let off =
+            ["return-path", "xbzrle", "compress", "multifd", "postcopy-ram", "x-ignore-shared", "x-colo"];
+        let mut capabilities = vec![("events", true), ("late-block-activate", true)];
+        capabilities.extend(off.map(|name| (name, false)));
+        qemu.set_capabilities(&capabilities).await.map_err(qmp_failure)?;
+        let name = format!("{}.in", blake3::hash(self.id.as_str().as_bytes()).to_hex().split_at(16).0);
+        let path = self.shared.config.state_dir.join("run").join(name);
+        socket::check_path(&path).map_err(socket_failure)?;
+        qemu.incoming(&format!("unix:{}", path.display())).await.map_err(qmp_failure)?;
+        let sink = socket::connect(&path).await.map_err(socket_failure);
+        // QEMU listens for one connection; nobody else needs the name.
+        let _ = std::fs::remove_file(&path);
+        let sink = sink?;
+        let (data_tx, data) = mpsc::channel(ARRIVALS);
+        self.data = Some(data_tx);
+        let (incoming, control, end) =
+            (self.incoming.clone(), self.control.clone(), self.stream_end.subscribe());
+        let Some(acks) = self.acks.take() else { return Ok(()) };
+        self.transport.spawn(async move {
+            let received = match incoming.session.path {
+                Path::V3 => chunks::receive(incoming, control, data, sink, &acks).await,
+                Path::V1 => bytes::receive(incoming, end, data, sink, &acks).await,
+            };
+            // The control task may still have to tell the last of it.
+            received.inspect(|_| drop(acks))
+        });
+        self.report.set(|s| s.phase = Phase::Precopy);
+        self.pilot.note("receiving", "").await;
+        Ok(())
+    }
+
+    async fn control_event(&mut self, event: Event) {
+        match event {
+            Event::Up => {
+                if self.dark_since.take().is_some() {
+                    self.pilot.note("link_up", "").await;
+                }
+                self.feed(Input::Connected).await;
+            }
+            Event::Down(why) => {
+                self.dark_since.get_or_insert_with(Instant::now);
+                self.pilot.note("link_down", why).await;
+            }
+            Event::Message(Body::StreamEnd(end)) if self.incoming.session.path == Path::V1 => {
+                self.stream_end.send_replace(Some(end.length));
+            }
+            Event::Message(Body::Signed(signed)) => match self.pilot.hear(&signed).await {
+                Ok(steps) => self.take(steps).await,
+                Err(text) => self.violation(text).await,
+            },
+            Event::Message(body) => {
+                self.violation(format!("the peer sent {} out of place", body.kind())).await;
+            }
+            Event::Lost(failure) => self.fail(AbortReason::PeerAborted, failure).await,
+        }
+    }
+
+    /// A connection of this session: each ticket counts once.
+    async fn arrival(&mut self, arrival: Arrival) {
+        let last = self.tickets.entry((arrival.purpose, arrival.link)).or_default();
+        if arrival.ticket <= *last {
+            self.shared.metrics.byzantine_attempt("ticket_replay");
+            let failure =
+                Failure::new("ticket_replay", Blame::PeerMisbehaving, "this join was used before", "");
+            return arrival.refuse(&failure).await;
+        }
+        *last = arrival.ticket;
+        let fits = match (arrival.purpose, self.incoming.session.path) {
+            (Purpose::Control, _) => true,
+            (Purpose::Chunks, Path::V3) => arrival.link < self.incoming.session.choice.streams,
+            (Purpose::Bytes, Path::V1) => arrival.link == 0,
+            _ => false,
+        };
+        let target = match arrival.purpose {
+            Purpose::Control => Some(&self.rejoins),
+            Purpose::Chunks | Purpose::Bytes => self.data.as_ref(),
+        };
+        match target {
+            Some(target) if fits => {
+                if target.send(arrival).await.is_err() {
+                    info!("a connection came after the end of the data");
+                }
+            }
+            _ if fits => {
+                let text = "the destination's VMM is not ready yet";
+                arrival.refuse(&Failure::new("busy", Blame::Vmm, text, "try again")).await;
+            }
+            _ => {
+                let text = "this connection does not belong to the session's path";
+                arrival.refuse(&Failure::new("protocol", Blame::PeerMisbehaving, text, "")).await;
+            }
+        }
+    }
+
+    async fn qmp_event(&mut self, event: QmpEvent) {
+        match event.kind() {
+            EventKind::Migration(MigrationStatus::Completed) => self.whole_if_so().await,
+            EventKind::Migration(MigrationStatus::Failed) => {
+                let why = self.guest.qemu.migration().await.ok().and_then(|info| info.error);
+                let text =
+                    format!("QEMU could not load the guest: {}", why.as_deref().unwrap_or("see its log"));
+                let advice = AbortReason::VmmFailedDestination.advice();
+                let failure = Failure::new("vmm_failed_destination", Blame::Vmm, text, advice);
+                self.fail(AbortReason::VmmFailedDestination, failure).await;
+            }
+            _ => {}
+        }
+    }
+
+    /// Whole: all was given to the VMM, and it says `completed` and stands paused.
+    async fn whole_if_so(&mut self) {
+        let Some((transfer, _)) = self.arrived.as_ref().filter(|_| !self.whole) else { return };
+        let transfer = *transfer;
+        let qemu = &self.guest.qemu;
+        let (Ok(info), Ok(state)) = (qemu.migration().await, qemu.run_state().await) else { return };
+        if info.status != Some(MigrationStatus::Completed) || state == RunState::InMigrate {
+            return;
+        }
+        self.whole = true;
+        self.report.set(|s| s.phase = Phase::Handover);
+        self.pilot.note("delivered", format!("{} bytes of the VMM's stream", transfer.stream_len)).await;
+        self.feed(Input::Whole(transfer)).await;
+    }
+
+    async fn transport_failed(&mut self, failure: Failure) {
+        let reason = match failure.blame {
+            Blame::PeerMisbehaving => AbortReason::Integrity,
+            Blame::Link => AbortReason::LinkLost,
+            Blame::Operator | Blame::PeerIncompatible => AbortReason::PeerAborted,
+            Blame::Vmm => AbortReason::VmmFailedDestination,
+            Blame::Local => AbortReason::Resources,
+        };
+        if self.incoming.session.path == Path::V3 {
+            self.shared.metrics.v3_error(self.incoming.session.mode, failure.blame);
+        }
+        self.fail(reason, failure).await;
+    }
+
+    async fn look(&mut self) {
+        let in_doubt = self.pilot.phase() == "in_doubt" && self.dark_since.is_some();
+        self.report.set(|s| {
+            if in_doubt {
+                s.phase = Phase::InDoubt;
+            } else if s.phase == Phase::InDoubt {
+                s.phase = Phase::Handover;
+            }
+        });
+        self.whole_if_so().await;
+        if self.dark_since.is_some_and(|since| since.elapsed() > PATIENCE) && !self.whole {
+            self.dark_since = None;
+            let text = format!("the link to the source was lost for {} s", PATIENCE.as_secs());
+            let failure = Failure::new("link_lost", Blame::Link, text, AbortReason::LinkLost.advice());
+            self.fail(AbortReason::LinkLost, failure).await;
+        }
+    }
+
+    async fn finish(&mut self) {
+        self.transport.abort_all();
+        // QEMU has the whole stream; its socket may close.
+        self.arrived = None;
+        match self.outcome {
+            Some(Outcome::Moved) => self.report.end(Phase::Completed, None),
+            Some(Outcome::Aborted(reason)) => {
+                let failure = self.failure.take().unwrap_or_else(|| {
+                    let text = format!("the migration was aborted: {reason}");
+                    Failure::new(reason.code(), Blame::PeerIncompatible, text, reason.advice())
+                });
+                self.report.end(Phase::Aborted, Some(failure));
+            }
+            Some(Outcome::Lost) | None => {
+                let alarms = self.pilot.alarms.join(", ");
+                let text = format!("the guest started here, or may have, and its VMM is gone ({alarms})");
+                let hint = "the source's VMM still holds the guest as it was at the handover";
+                self.report.end(Phase::Failed, Some(Failure::new("guest_lost", Blame::Vmm, text, hint)));
+            }
+        }
+        let phase = self.report.status().phase;
+        self.pilot.note("ended", format!("{phase:?}")).await;
+    }
+}
+
+fn ended() -> Failure {
+    Failure::new("ended", Blame::Local, "the control connection's task ended", "please report this")
+}
+
+fn socket_failure(error: socket::SocketError) -> Failure {
+    Failure::new("socket", Blame::Local, error.to_string(), "check [state_dir] and its permissions")
+}
+
+/// The VMM does not take its stream any more.
+fn sink_failure(error: io::Error) -> Failure {
+    let text = format!("the destination's VMM closed its migration socket: {error}");
+    Failure::new("vmm_failed_destination", Blame::Vmm, text, AbortReason::VmmFailedDestination.advice())
+}

@@ -1,0 +1,386 @@
+//! Opening a session and joining connections to it: the messages of `dwcp_proto::message`'s sequence, up to `Joined`.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dwcp_link::{Connection, DialOptions, Gauge, Identity, Reader, Writer, dial, dial_plain};
+use dwcp_proto::message::{
+    Body, Challenge, Choice, Confirm, Confirmed, Hello, Join, Joined, Offer, Purpose, Welcome,
+};
+use dwcp_proto::negotiate::permits;
+use dwcp_proto::session::{Transcript, confirm_message, join_message, joined_message};
+use dwcp_proto::{Mode, NodeKey, NodeName, Path, PeerKey, SessionId, Side};
+use prost::Message as _;
+
+use crate::error::{Blame, Failure};
+use crate::wire::{WireError, link_failure, read_message, refusal, write_message, write_preamble};
+
+/// A session, as either end knows it.
+#[derive(Debug, Clone)]
+pub(crate) struct Session {
+    pub(crate) id: SessionId,
+    pub(crate) side: Side,
+    /// Our key.
+    pub(crate) key: Arc<NodeKey>,
+    /// The peer's.
+    pub(crate) peer: PeerKey,
+    pub(crate) path: Path,
+    pub(crate) mode: Mode,
+    pub(crate) choice: Choice,
+}
+
+impl Session {
+    fn new(
+        id: SessionId,
+        side: Side,
+        key: Arc<NodeKey>,
+        peer: PeerKey,
+        choice: Choice,
+    ) -> Result<Self, WireError> {
+        let path = Path::from_wire(choice.path).ok_or(WireError::Message)?;
+        let mode = Mode::from_wire(choice.mode).ok_or(WireError::Message)?;
+        Ok(Session { id, side, key, peer, path, mode, choice })
+    }
+}
+
+/// Random bytes of the system's generator.
+pub(crate) fn nonce() -> Result<[u8; 32], Failure> {
+    let mut bytes = [0u8; 32];
+    getrandom::fill(&mut bytes).map_err(|error| {
+        Failure::new("no_randomness", Blame::Local, format!("the system gives no random bytes: {error}"), "")
+    })?;
+    Ok(bytes)
+}
+
+fn bytes32(bytes: &[u8]) -> Result<[u8; 32], WireError> {
+    bytes.try_into().map_err(|_| WireError::Message)
+}
+
+fn signature(bytes: &[u8]) -> Result<[u8; 64], WireError> {
+    bytes.try_into().map_err(|_| WireError::Message)
+}
+
+fn forged(what: &str) -> Failure {
+    Failure::new(
+        "signature",
+        Blame::PeerMisbehaving,
+        format!("the signature of the peer's {what} is wrong"),
+        "something between the agents alters messages, or the peer is not what it seems",
+    )
+}
+
+/// How the source reaches the destination.
+#[derive(Debug, Clone)]
+pub(crate) struct Dialler {
+    pub(crate) addr: SocketAddr,
+    pub(crate) identity: Identity,
+    pub(crate) key: Arc<NodeKey>,
+    pub(crate) to: NodeName,
+    pub(crate) options: DialOptions,
+}
+
+/// The source's side after `Welcome`: all is known that the choice depends on.
+pub(crate) struct Met {
+    reader: Reader,
+    writer: Writer,
+    exporter: [u8; 32],
+    peer: PeerKey,
+    hello: Vec<u8>,
+    welcome_bytes: Vec<u8>,
+    /// What the destination said.
+    pub(crate) welcome: Welcome,
+    /// From `Hello` to `Welcome`; the destination asks its VMM in between, so the TCP estimate is better where there is one.
+    pub(crate) rtt: Duration,
+}
+
+impl Dialler {
+    /// Makes the control connection and exchanges `Hello` and `Welcome`.
+    pub(crate) async fn meet(&self, hello: Hello) -> Result<Met, Failure> {
+        let conn = dial(self.addr, &self.identity, &self.to, &self.options).await.map_err(link_failure)?;
+        let (Some(peer), Some(exporter)) = (conn.peer().cloned(), conn.exporter()) else {
+            return Err(forged("connection"));
+        };
+        let gauge = conn.gauge();
+        let (mut reader, mut writer) = conn.into_split();
+        let sent = Instant::now();
+        let wrote = write_message(&mut writer, Body::Hello(hello)).await;
+        // A refusal shows at the first read, and says more than the write's reset.
+        let answer = read_message(&mut reader).await;
+        let (hello, (body, welcome_bytes)) = match (wrote, answer) {
+            (Ok(hello), Ok(answer)) => (hello, answer),
+            (_, Err(error)) | (Err(error), _) => return Err(error.failure()),
+        };
+        let rtt = gauge.sample().map_or_else(|| sent.elapsed(), |s| s.min_rtt.min(s.rtt));
+        let Body::Welcome(welcome) = body else {
+            return Err(WireError::Unexpected { got: body.kind(), expected: "welcome" }.failure());
+        };
+        Ok(Met { reader, writer, exporter, peer, hello, welcome_bytes, welcome, rtt })
+    }
+
+    /// Joins a further connection to `session`.
+    pub(crate) async fn join(
+        &self,
+        session: &Session,
+        purpose: Purpose,
+        link: u32,
+        ticket: u64,
+    ) -> Result<(Reader, Writer, Gauge, Joined), WireError> {
+        let plain = session.choice.plain && purpose != Purpose::Control;
+        let conn = match plain {
+            true => dial_plain(self.addr, &self.options).await,
+            false => dial(self.addr, &self.identity, &self.to, &self.options).await,
+        }
+        .map_err(WireError::Link)?;
+        let (gauge, exporter) = (conn.gauge(), conn.exporter());
+        let (mut reader, mut writer) = conn.into_split();
+        let binding = match exporter {
+            Some(exporter) => exporter,
+            None => {
+                write_preamble(&mut writer).await?;
+                let (body, _) = read_message(&mut reader).await?;
+                let Body::Challenge(Challenge { nonce }) = body else {
+                    return Err(WireError::Unexpected { got: body.kind(), expected: "challenge" });
+                };
+                bytes32(&nonce)?
+            }
+        };
+        let signed = self.key.sign(&join_message(&session.id, purpose, link, ticket, &binding));
+        let join = Join {
+            session: session.id.0.to_vec(),
+            purpose: purpose as i32,
+            link,
+            ticket,
+            signature: signed.to_vec(),
+        };
+        write_message(&mut writer, Body::Join(join)).await?;
+        let (body, _) = read_message(&mut reader).await?;
+        let Body::Joined(joined) = body else {
+            return Err(WireError::Unexpected { got: body.kind(), expected: "joined" });
+        };
+        let message = joined_message(&session.id, joined.next, joined.applied, ticket, &binding);
+        if !session.peer.verify(&message, &signature(&joined.signature)?) {
+            return Err(WireError::Refused(forged("joined")));
+        }
+        Ok((reader, writer, gauge, joined))
+    }
+}
+
+impl Met {
+    /// Fixes the choice; from here on both sides hold the session's id.
+    pub(crate) async fn confirm(
+        mut self,
+        key: Arc<NodeKey>,
+        choice: Choice,
+    ) -> Result<(Session, Reader, Writer), Failure> {
+        let id = Transcript {
+            exporter: &self.exporter,
+            source: key.public().as_bytes(),
+            destination: self.peer.as_bytes(),
+            hello: &self.hello,
+            welcome: &self.welcome_bytes,
+            choice: &choice.encode_to_vec(),
+        }
+        .id();
+        let signed = key.sign(&confirm_message(Side::Source, &id)).to_vec();
+        let confirm = Confirm { choice: Some(choice.clone()), signature: signed };
+        write_message(&mut self.writer, Body::Confirm(confirm)).await.map_err(WireError::failure)?;
+        let (body, _) = read_message(&mut self.reader).await.map_err(WireError::failure)?;
+        let Body::Confirmed(Confirmed { signature: theirs }) = body else {
+            return Err(WireError::Unexpected { got: body.kind(), expected: "confirmed" }.failure());
+        };
+        let theirs = signature(&theirs).map_err(WireError::failure)?;
+        if !self.peer.verify(&confirm_message(Side::Destination, &id), &theirs) {
+            return Err(forged("confirmed"));
+        }
+        let session = Session::new(id, Side::Source, key, self.peer, choice).map_err(WireError::failure)?;
+        Ok((session, self.reader, self.writer))
+    }
+}
+
+/// The destination's side after `Hello`.
+pub(crate) struct Greeted {
+    pub(crate) hello: Hello,
+    pub(crate) peer: PeerKey,
+    hello_bytes: Vec<u8>,
+    exporter: [u8; 32],
+    reader: Reader,
+    writer: Writer,
+}
+
+/// A connection that wants to join a session; its signature is not yet checked.
+pub(crate) struct Joining {
+    pub(crate) join: Join,
+    binding: [u8; 32],
+    /// The TLS peer; `None` on a plain connection.
+    peer: Option<PeerKey>,
+    reader: Reader,
+    writer: Writer,
+}
+
+/// What a new connection turned out to be.
+pub(crate) enum Newcomer {
+    Greeted(Box<Greeted>),
+    Joining(Box<Joining>),
+}
+
+/// Reads what a new connection wants.
+pub(crate) async fn receive(conn: Connection) -> Result<Newcomer, Failure> {
+    let (peer, exporter) = (conn.peer().cloned(), conn.exporter());
+    let (mut reader, mut writer) = conn.into_split();
+    let binding = match exporter {
+        Some(exporter) => exporter,
+        None => {
+            let nonce = nonce()?;
+            let preamble = crate::wire::read_preamble(&mut reader);
+            tokio::time::timeout(crate::wire::PATIENCE, preamble)
+                .await
+                .unwrap_or(Err(WireError::Timeout(crate::wire::PATIENCE)))
+                .map_err(WireError::failure)?;
+            let challenge = Challenge { nonce: nonce.to_vec() };
+            write_message(&mut writer, Body::Challenge(challenge)).await.map_err(WireError::failure)?;
+            nonce
+        }
+    };
+    let (body, bytes) = read_message(&mut reader).await.map_err(WireError::failure)?;
+    match (body, peer) {
+        (Body::Hello(hello), Some(peer)) => Ok(Newcomer::Greeted(Box::new(Greeted {
+            hello,
+            peer,
+            hello_bytes: bytes,
+            exporter: binding,
+            reader,
+            writer,
+        }))),
+        (Body::Join(join), peer) => {
+            Ok(Newcomer::Joining(Box::new(Joining { join, binding, peer, reader, writer })))
+        }
+        (body, _) => Err(WireError::Unexpected { got: body.kind(), expected: "hello or join" }.failure()),
+    }
+}
+
+impl Greeted {
+    /// Refuses.
+    pub(crate) async fn refuse(mut self, failure: &Failure) {
+        let _ = write_message(&mut self.writer, refusal(failure)).await;
+    }
+
+    /// Answers with our offer. `Ok(None)` if the source only asked. `register` is called before the source knows that
+    /// the session stands, so that no join of it can come too early.
+    pub(crate) async fn welcome(
+        mut self,
+        key: Arc<NodeKey>,
+        offer: Offer,
+        description: Vec<u8>,
+        register: impl FnOnce(&Session),
+    ) -> Result<Option<(Session, Reader, Writer)>, Failure> {
+        let welcome = Welcome { nonce: nonce()?.to_vec(), offer: Some(offer.clone()), description };
+        let welcome_bytes =
+            write_message(&mut self.writer, Body::Welcome(welcome)).await.map_err(WireError::failure)?;
+        if self.hello.check {
+            return Ok(None);
+        }
+        let (body, _) = read_message(&mut self.reader).await.map_err(WireError::failure)?;
+        let Body::Confirm(Confirm { choice: Some(choice), signature: theirs }) = body else {
+            return Err(WireError::Unexpected { got: body.kind(), expected: "confirm" }.failure());
+        };
+        let id = Transcript {
+            exporter: &self.exporter,
+            source: self.peer.as_bytes(),
+            destination: key.public().as_bytes(),
+            hello: &self.hello_bytes,
+            welcome: &welcome_bytes,
+            choice: &choice.encode_to_vec(),
+        }
+        .id();
+        let theirs = signature(&theirs).map_err(WireError::failure)?;
+        let checked = if !self.peer.verify(&confirm_message(Side::Source, &id), &theirs) {
+            Err(forged("confirm"))
+        } else {
+            let source = self.hello.offer.clone().unwrap_or_default();
+            permits(&choice, &source, &offer).map_err(|why| {
+                let text = format!("the source chose what was not offered: {why}");
+                Failure::new(
+                    "downgrade",
+                    Blame::PeerMisbehaving,
+                    text,
+                    "compare both agents' versions and policies",
+                )
+            })
+        };
+        if let Err(failure) = checked {
+            let _ = write_message(&mut self.writer, refusal(&failure)).await;
+            return Err(failure);
+        }
+        let signed = key.sign(&confirm_message(Side::Destination, &id)).to_vec();
+        let session =
+            Session::new(id, Side::Destination, key, self.peer, choice).map_err(WireError::failure)?;
+        register(&session);
+        write_message(&mut self.writer, Body::Confirmed(Confirmed { signature: signed }))
+            .await
+            .map_err(WireError::failure)?;
+        Ok(Some((session, self.reader, self.writer)))
+    }
+}
+
+/// A connection that belongs to the session, but was not yet told so.
+pub(crate) struct Arrival {
+    pub(crate) purpose: Purpose,
+    pub(crate) link: u32,
+    pub(crate) ticket: u64,
+    binding: [u8; 32],
+    reader: Reader,
+    writer: Writer,
+}
+
+impl Joining {
+    /// The session that it names, if it can be one.
+    pub(crate) fn session(&self) -> Option<SessionId> {
+        Some(SessionId(bytes32(&self.join.session).ok()?))
+    }
+
+    /// Refuses.
+    pub(crate) async fn refuse(mut self, failure: &Failure) {
+        let _ = write_message(&mut self.writer, refusal(failure)).await;
+    }
+
+    /// Holds the join against its session: signed by the session's source, over this very connection, which is as
+    /// protected as was agreed.
+    pub(crate) fn authenticate(self, session: &Session) -> Result<Arrival, (Self, Failure)> {
+        let purpose = Purpose::try_from(self.join.purpose).ok();
+        let signed = signature(&self.join.signature).ok();
+        let (Some(purpose), Some(signed)) = (purpose, signed) else {
+            return Err((self, forged("join")));
+        };
+        let right_kind = match &self.peer {
+            Some(peer) => peer == &session.peer && (purpose == Purpose::Control || !session.choice.plain),
+            None => session.choice.plain && purpose != Purpose::Control,
+        };
+        let message = join_message(&session.id, purpose, self.join.link, self.join.ticket, &self.binding);
+        if !right_kind || !session.peer.verify(&message, &signed) {
+            return Err((self, forged("join")));
+        }
+        let Joining { join, binding, reader, writer, .. } = self;
+        Ok(Arrival { purpose, link: join.link, ticket: join.ticket, binding, reader, writer })
+    }
+}
+
+impl Arrival {
+    /// Accepts: the source may go on from `next` and `applied`.
+    pub(crate) async fn accept(
+        mut self,
+        session: &Session,
+        next: u64,
+        applied: u64,
+    ) -> Result<(Reader, Writer), WireError> {
+        let message = joined_message(&session.id, next, applied, self.ticket, &self.binding);
+        let joined = Joined { next, applied, signature: session.key.sign(&message).to_vec() };
+        write_message(&mut self.writer, Body::Joined(joined)).await?;
+        Ok((self.reader, self.writer))
+    }
+
+    /// Refuses.
+    pub(crate) async fn refuse(mut self, failure: &Failure) {
+        let _ = write_message(&mut self.writer, refusal(failure)).await;
+    }
+}

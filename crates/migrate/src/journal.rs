@@ -1,0 +1,136 @@
+//! Journals on disk: one file a migration and side, appended and synced; the format is `dwcp_proto::journal`'s.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use dwcp_proto::journal::{Chain, Entry, JournalError, Note, encode};
+use dwcp_proto::{MigrationId, Side};
+
+/// Why a journal could not be written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum WriteError {
+    #[error(transparent)]
+    Format(#[from] JournalError),
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("the journal's thread failed")]
+    Thread,
+}
+
+/// An open journal. Writes go through a blocking thread and are awaited, one at a time.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    path: PathBuf,
+    inner: Option<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    file: File,
+    chain: Chain,
+    /// Bytes that are durable, or were at least written whole.
+    len: u64,
+}
+
+/// The folder of journals within the state folder.
+pub(crate) fn folder(state_dir: &Path) -> PathBuf {
+    state_dir.join("journal")
+}
+
+impl Journal {
+    /// Makes the journal of a new migration; fails if there is one already.
+    pub(crate) async fn create(state_dir: &Path, id: &MigrationId, side: Side) -> Result<Self, WriteError> {
+        let side = match side {
+            Side::Source => "source",
+            Side::Destination => "destination",
+        };
+        let folder = folder(state_dir);
+        let path = folder.join(format!("{id}.{side}.jsonl"));
+        let made = path.clone();
+        let file = tokio::task::spawn_blocking(move || -> io::Result<File> {
+            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&made)?;
+            // The name itself must survive, or a restart would not find the file.
+            File::open(&folder)?.sync_all()?;
+            Ok(file)
+        })
+        .await
+        .map_err(|_| WriteError::Thread)?
+        .map_err(|source| WriteError::Io { path: path.clone(), source })?;
+        Ok(Journal { path, inner: Some(Inner { file, chain: Chain::default(), len: 0 }) })
+    }
+
+    /// Appends a decision; it is durable when this returns. Also says how long the disk took.
+    pub(crate) async fn append(&mut self, entry: Entry) -> Result<Duration, WriteError> {
+        self.write(entry, true).await
+    }
+
+    /// Appends a line for people. Not synced: the next decision does that.
+    pub(crate) async fn note(&mut self, what: &str, text: impl Into<String>) {
+        let note = Entry::Note(Note::new(what, text));
+        if let Err(error) = self.write(note, false).await {
+            tracing::warn!(%error, what, "journal note not written");
+        }
+    }
+
+    async fn write(&mut self, entry: Entry, sync: bool) -> Result<Duration, WriteError> {
+        let mut inner = self.inner.take().ok_or(WriteError::Thread)?;
+        let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        let line = match encode(&entry, unix_ms, &inner.chain) {
+            Ok(line) => line,
+            Err(error) => {
+                self.inner = Some(inner);
+                return Err(error.into());
+            }
+        };
+        let task = tokio::task::spawn_blocking(move || {
+            let started = Instant::now();
+            let outcome = inner.append(line.text.as_bytes(), sync);
+            if outcome.is_ok() {
+                inner.chain = line.next;
+            }
+            (inner, outcome.map(|()| started.elapsed()))
+        });
+        let (inner, outcome) = task.await.map_err(|_| WriteError::Thread)?;
+        self.inner = Some(inner);
+        outcome.map_err(|source| WriteError::Io { path: self.path.clone(), source })
+    }
+}
+
+impl Inner {
+    fn append(&mut self, line: &[u8], sync: bool) -> io::Result<()> {
+        // What a failed write left behind is cut off first.
+        self.file.set_len(self.len)?;
+        self.file.seek(SeekFrom::Start(self.len))?;
+        self.file.write_all(line)?;
+        if sync {
+            self.file.sync_data()?;
+        }
+        self.len += line.len() as u64;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dwcp_proto::handover::AbortReason;
+    use dwcp_proto::journal::replay;
+
+    #[tokio::test]
+    async fn what_was_appended_replays() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(folder(dir.path())).unwrap();
+        let id = MigrationId::new("m1").unwrap();
+        let mut journal = Journal::create(dir.path(), &id, Side::Source).await.unwrap();
+        let entry = Entry::Aborted { reason: AbortReason::Cancelled };
+        journal.note("phase", "precopy").await;
+        journal.append(entry.clone()).await.unwrap();
+        let replayed = replay(&fs::read(&journal.path).unwrap()).unwrap();
+        assert_eq!(replayed.decisions(), [entry]);
+        assert!(Journal::create(dir.path(), &id, Side::Source).await.is_err());
+        assert!(Journal::create(dir.path(), &id, Side::Destination).await.is_ok());
+    }
+}

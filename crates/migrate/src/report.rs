@@ -1,0 +1,198 @@
+//! The status of one migration, as it is kept up to date by its task and watched by others.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dwcp_proto::{MigrationId, NodeName, Path, VmName};
+use tokio::sync::watch;
+
+use crate::counters::Counters;
+use crate::error::Failure;
+use crate::handshake::Session;
+use crate::status::{Phase, Progress, Role, Status};
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Report {
+    status: watch::Sender<Status>,
+    pub(crate) counters: Arc<Counters>,
+    started: Instant,
+}
+
+impl Report {
+    pub(crate) fn new(id: MigrationId, vm: VmName, role: Role, peer: NodeName) -> Self {
+        let status = Status {
+            id,
+            vm,
+            role,
+            peer,
+            phase: Phase::Preparing,
+            status: "preparing".to_owned(),
+            path: None,
+            mode: None,
+            source: None,
+            sink: None,
+            encryption: None,
+            path_switches: 0,
+            fallback_reasons: Vec::new(),
+            total_seconds: 0.0,
+            downtime_ms: None,
+            downtime_method: None,
+            raw_bytes: 0,
+            wire_bytes: 0,
+            saved_ratio: 0.0,
+            guest_bytes: 0,
+            rounds: 0,
+            chunks: 0,
+            retransmitted_chunks: 0,
+            reconnects: 0,
+            agent_peak_anon_bytes: 0,
+            progress: Progress::default(),
+            error: None,
+        };
+        Report { status: watch::Sender::new(status), counters: Arc::default(), started: Instant::now() }
+    }
+
+    pub(crate) fn watch(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    pub(crate) fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Changes the status and brings its figures up to date.
+    pub(crate) fn set(&self, change: impl FnOnce(&mut Status)) {
+        let anon = anon_bytes();
+        self.status.send_modify(|status| {
+            change(status);
+            self.figures(status, anon);
+        });
+    }
+
+    /// Brings the figures up to date.
+    pub(crate) fn refresh(&self) {
+        self.set(|_| {});
+    }
+
+    fn figures(&self, status: &mut Status, anon: u64) {
+        let c = &self.counters;
+        status.status = phase_name(status.phase).to_owned();
+        status.total_seconds = self.started.elapsed().as_secs_f64();
+        status.raw_bytes = c.raw.load();
+        let wire = c.wire.load();
+        let seconds = status.total_seconds;
+        status.wire_bytes = wire;
+        status.guest_bytes = c.guest.load();
+        status.saved_ratio = match status.guest_bytes {
+            0 => 0.0,
+            guest => (1.0 - wire as f64 / guest as f64).max(0.0),
+        };
+        status.rounds = c.rounds.load();
+        status.chunks = c.chunks.load();
+        status.retransmitted_chunks = c.retransmitted.load();
+        status.reconnects = c.reconnects.load();
+        status.agent_peak_anon_bytes = status.agent_peak_anon_bytes.max(anon);
+        status.progress.wire_rate = match c.rate.load() {
+            0 if seconds > 0.0 => wire as f64 / seconds,
+            rate => rate as f64,
+        };
+    }
+
+    /// The session was agreed on.
+    pub(crate) fn session(&self, session: &Session) {
+        self.set(|s| {
+            s.path = Some(session.path.name().to_owned());
+            s.mode = (session.path == Path::V3).then(|| session.mode.name().to_owned());
+            let through = if session.path == Path::V3 { "stream" } else { "opaque" };
+            s.source = Some(through.to_owned());
+            s.sink = Some(through.to_owned());
+            s.encryption = Some(if session.choice.plain { "none" } else { "tls" }.to_owned());
+            s.fallback_reasons = session.choice.reasons.clone();
+        });
+    }
+
+    /// The VMM's progress: fraction done, bytes remaining in this round, bytes dirtied a second.
+    pub(crate) fn progress(&self, fraction: f64, remaining: u64, dirty_rate: Option<f64>) {
+        self.set(|s| {
+            let carried = self.counters.guest.load() as f64 / self.started.elapsed().as_secs_f64().max(0.001);
+            s.progress.fraction = s.progress.fraction.max(fraction);
+            s.progress.remaining_bytes = remaining;
+            s.progress.dirty_rate = dirty_rate;
+            let gain = carried - dirty_rate.unwrap_or(0.0);
+            s.progress.eta_seconds = (gain > 0.0).then(|| remaining as f64 / gain);
+        });
+    }
+
+    pub(crate) fn downtime(&self, downtime: Option<Duration>, method: &str) {
+        self.set(|s| {
+            s.downtime_ms = downtime.map(|d| d.as_secs_f64() * 1e3);
+            s.downtime_method = downtime.map(|_| method.to_owned());
+        });
+    }
+
+    /// The last word.
+    pub(crate) fn end(&self, phase: Phase, error: Option<Failure>) {
+        self.set(|s| {
+            s.phase = phase;
+            s.error = error;
+            if phase == Phase::Completed {
+                s.progress.fraction = 1.0;
+                s.progress.remaining_bytes = 0;
+                s.progress.eta_seconds = Some(0.0);
+            }
+        });
+    }
+}
+
+fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Preparing => "preparing",
+        Phase::Connecting => "connecting",
+        Phase::Precopy => "precopy",
+        Phase::Switchover => "switchover",
+        Phase::Handover => "handover",
+        Phase::InDoubt => "in_doubt",
+        Phase::Completed => "completed",
+        Phase::Aborted => "aborted",
+        Phase::Failed => "failed",
+    }
+}
+
+/// This process's anonymous memory (`RssAnon` of proc(5)), bytes; 0 where it cannot be read.
+fn anon_bytes() -> u64 {
+    let Ok(text) = fs::read_to_string("/proc/self/status") else { return 0 };
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_has_anonymous_memory() {
+        assert!(anon_bytes() > 0);
+    }
+
+    #[test]
+    fn the_fraction_never_falls() {
+        let name = |n: &str| n.to_owned();
+        let report = Report::new(
+            MigrationId::new(name("m")).unwrap(),
+            VmName::new(name("v")).unwrap(),
+            Role::Source,
+            NodeName::new(name("n")).unwrap(),
+        );
+        report.progress(0.5, 100, None);
+        report.progress(0.2, 300, Some(1.0));
+        assert_eq!(report.status().progress.fraction, 0.5);
+        assert_eq!(report.status().progress.remaining_bytes, 300);
+    }
+}

@@ -1,0 +1,606 @@
+//! A migration at its source.
+//!
+//! ```text
+//! checks ─► meet the destination ─► choose path and mode ─► confirm (session) ─► journal ─► VMM migrates
+//!        ─► precopy ─► STOP ─► all delivered ─► receipt ─► commit ─► the destination runs it
+//! ```
+
+mod bytes;
+mod chunks;
+mod ingest;
+mod plan;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use dwcp_proto::handover::{AbortReason, Afterwards, Input, Outcome, Source, Transfer, VmmState};
+use dwcp_proto::journal::{Job, Prepared};
+use dwcp_proto::message::{Ack, Body, Nack};
+use dwcp_proto::{MigrationId, Path, Side};
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, Parameters};
+use dwcp_vmm::socket::MigrationListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
+use tracing::{info, warn};
+
+use crate::bucket::Bucket;
+use crate::control::{Control, Event, Origin};
+use crate::counters::Counters;
+use crate::engine::Shared;
+use crate::error::{Blame, Failure};
+use crate::guest::{Guest, qmp_failure};
+use crate::handshake::{Dialler, Session};
+use crate::journal::Journal;
+use crate::metrics::{InFlight, Metrics};
+use crate::pilot::{Machine, Pilot, Step};
+use crate::pool::Share;
+use crate::report::Report;
+use crate::spec::{Leave, MigrateSpec};
+use crate::status::Phase;
+
+pub(crate) use plan::{Plan, check, failures, plan};
+
+/// Between two looks at the VMM's progress.
+const TICK: Duration = Duration::from_millis(250);
+/// Between two tries of what a VMM or the journal refused.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long the guest may stand still waiting for a lost link before it is taken back.
+const SWITCHOVER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long precopy waits for a lost link.
+const PRECOPY_PATIENCE: Duration = Duration::from_secs(3600);
+/// How long the last word may take to reach the peer after the end.
+const LINGER: Duration = Duration::from_secs(2);
+/// How long QEMU may take to connect to our socket once it was told to migrate.
+const CONNECT: Duration = Duration::from_secs(10);
+/// No limit, as QEMU understands it: what the agent takes is what bounds it.
+const UNLIMITED: u64 = 1 << 40;
+
+/// What the peer says to the data path.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum FromPeer {
+    Ack(Ack),
+    Nack(Nack),
+    /// The control connection stands again; what was said may have been lost.
+    Up,
+}
+
+/// What both data paths need.
+#[derive(Clone)]
+pub(crate) struct Outgoing {
+    session: Arc<Session>,
+    dialler: Dialler,
+    share: Share,
+    counters: Arc<Counters>,
+    metrics: Metrics,
+    /// Part of the downtime that bytes in flight may take.
+    budget: Duration,
+    bucket: Arc<Mutex<Bucket>>,
+}
+
+impl Outgoing {
+    fn bucket(&self) -> MutexGuard<'_, Bucket> {
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes were given to the network.
+    fn sent(&self, bytes: u64) {
+        self.counters.wire.add(bytes);
+        if self.session.path == Path::V3 {
+            self.metrics.v3_wire(self.session.mode, bytes);
+        }
+    }
+}
+
+/// Moves the VM. The report's status is final when this returns; an error is in it too.
+pub(crate) async fn run(
+    shared: Arc<Shared>,
+    id: MigrationId,
+    spec: MigrateSpec,
+    report: Arc<Report>,
+    cancel: watch::Receiver<bool>,
+) {
+    let mut in_flight = shared.metrics.in_flight();
+    if let Err(failure) = attempt(&shared, &id, spec, &report, cancel, &mut in_flight).await {
+        warn!(code = %failure.code, "{failure}");
+        report.end(Phase::Aborted, Some(failure));
+    }
+    shared.metrics.ended(&report.status());
+}
+
+/// An error is a failure before anything was touched.
+async fn attempt(
+    shared: &Arc<Shared>,
+    id: &MigrationId,
+    spec: MigrateSpec,
+    report: &Arc<Report>,
+    mut cancel: watch::Receiver<bool>,
+    in_flight: &mut InFlight,
+) -> Result<(), Failure> {
+    let deadline = spec.deadline.map(|d| Instant::now() + d);
+    let prepare = async {
+        let plan = plan(shared, id, &spec, false).await?;
+        plan.refuse_problems()?;
+        Ok::<_, Failure>(plan)
+    };
+    let plan = tokio::select! {
+        plan = prepare => plan?,
+        true = asked(&mut cancel) => return Err(cancelled()),
+    };
+    let Plan { guest, met, choice, dialler, guest_ran, downtime, .. } = plan;
+    let (session, reader, writer) = met.confirm(shared.config.key.clone(), choice).await?;
+    let session = Arc::new(session);
+    info!(session = %session.id, path = session.path.name(), mode = session.mode.name(), "session stands");
+    in_flight.path(session.path);
+    report.session(&session);
+    report.set(|s| s.phase = Phase::Connecting);
+
+    let journal =
+        Journal::create(&shared.config.state_dir, id, Side::Source).await.map_err(journal_failure)?;
+    let (_acks, acks) = watch::channel(Ack::default());
+    let counters = report.counters.clone();
+    let first = (reader, writer);
+    let (control, events, server) =
+        Control::start(session.clone(), first, Origin::Dial(dialler.clone()), acks, counters.clone());
+    let server = tokio::spawn(server);
+    let prepared = Prepared {
+        job: Job {
+            migration: id.clone(),
+            vm: spec.vm.clone(),
+            peer: spec.to.clone(),
+            qmp: guest.qemu.qmp().path().display().to_string(),
+            session: session.id,
+            path: session.path.name().to_owned(),
+            started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
+        },
+        guest_ran,
+        on_success: match spec.on_success {
+            Leave::Leave => Afterwards::Leave,
+            Leave::Quit => Afterwards::Quit,
+        },
+    };
+    let guest = Arc::new(guest);
+    let machine = Machine::Source(Source::new(prepared));
+    let pilot = Pilot::new(machine, journal, session.clone(), control.clone(), guest.clone());
+    let outgoing = Outgoing {
+        session,
+        dialler,
+        share: shared.pool.share(),
+        counters,
+        metrics: shared.metrics.clone(),
+        budget: downtime.in_flight,
+        bucket: Arc::new(Mutex::new(Bucket::new(spec.bandwidth_limit))),
+    };
+    let mut run = Run {
+        shared: shared.clone(),
+        id: id.clone(),
+        report: report.clone(),
+        pilot,
+        guest,
+        control,
+        outgoing,
+        vmm_limit: downtime.vmm,
+        deadline,
+        failure: None,
+        outcome: None,
+        transport: JoinSet::new(),
+        peer: None,
+        transfer: None,
+        vmm_done: false,
+        whole: false,
+        stopped_at: None,
+        heard_at: None,
+        dark_since: None,
+        fraction: 0.0,
+        carried: (0, 0),
+    };
+    run.drive(events, cancel).await;
+    // Dropping the control lets its task say what is queued, then close.
+    drop(run);
+    let _ = timeout(LINGER, server).await;
+    Ok(())
+}
+
+/// Waits until the migration is to be cancelled; false if nobody can ask any more.
+pub(crate) async fn asked(cancel: &mut watch::Receiver<bool>) -> bool {
+    // The guard must not live across the caller's awaits.
+    cancel.wait_for(|c| *c).await.is_ok()
+}
+
+fn cancelled() -> Failure {
+    Failure::new("cancelled", Blame::Operator, AbortReason::Cancelled.advice(), "")
+}
+
+fn journal_failure(error: crate::journal::WriteError) -> Failure {
+    Failure::new("journal_failed", Blame::Local, error.to_string(), AbortReason::JournalFailed.advice())
+}
+
+/// The state of a migration that has a session.
+struct Run {
+    shared: Arc<Shared>,
+    id: MigrationId,
+    report: Arc<Report>,
+    pilot: Pilot,
+    guest: Arc<Guest>,
+    control: Control,
+    outgoing: Outgoing,
+    /// The downtime limit that QEMU is told.
+    vmm_limit: Duration,
+    deadline: Option<Instant>,
+    /// What went wrong first, for the status.
+    failure: Option<Failure>,
+    outcome: Option<Outcome>,
+    /// The data path's task.
+    transport: JoinSet<Result<Transfer, Failure>>,
+    peer: Option<mpsc::Sender<FromPeer>>,
+    /// Everything was applied at the destination.
+    transfer: Option<Transfer>,
+    /// The VMM is in `postmigrate`.
+    vmm_done: bool,
+    whole: bool,
+    stopped_at: Option<Instant>,
+    /// When the destination last said something of the handover.
+    heard_at: Option<Instant>,
+    dark_since: Option<Instant>,
+    fraction: f64,
+    /// What was reported to the metrics so far: stream bytes, guest bytes.
+    carried: (u64, u64),
+}
+
+impl Run {
+    async fn drive(&mut self, mut events: mpsc::Receiver<Event>, mut cancel: watch::Receiver<bool>) {
+        let mut qmp = self.guest.qemu.events();
+        let mut qmp_open = true;
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut retry = interval(RETRY);
+        retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut cancelling = false;
+        let steps = self.pilot.begin().await;
+        self.take(steps).await;
+        let guest = self.guest.clone();
+        let gone = guest.gone();
+        tokio::pin!(gone);
+        let mut gone_seen = false;
+        while self.outcome.is_none() {
+            let deadline = self.deadline.map(tokio::time::Instant::from_std);
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.control_event(event).await,
+                    None => self.fail(AbortReason::LinkLost, ended()).await,
+                },
+                event = qmp.recv(), if qmp_open => match event {
+                    Ok(event) => self.qmp_event(event).await,
+                    Err(_) => qmp_open = false,
+                },
+                Some(done) = self.transport.join_next() => match done {
+                    Ok(Ok(transfer)) => {
+                        self.transfer = Some(transfer);
+                        self.whole_if_so().await;
+                    }
+                    Ok(Err(failure)) => self.transport_failed(failure).await,
+                    Err(error) => self.transport_failed(
+                        Failure::new("task", Blame::Local, format!("the data path failed: {error}"), "please report this"),
+                    ).await,
+                },
+                () = &mut gone, if !gone_seen => {
+                    gone_seen = true;
+                    self.feed(Input::Vmm(VmmState::Gone)).await;
+                }
+                asked = asked(&mut cancel), if !cancelling => {
+                    cancelling = true;
+                    if asked {
+                        self.fail(AbortReason::Cancelled, cancelled()).await;
+                    }
+                }
+                () = async { match deadline { Some(d) => sleep_until(d).await, None => std::future::pending().await } } => {
+                    self.deadline = None;
+                    let advice = AbortReason::Deadline.advice();
+                    self.fail(AbortReason::Deadline, Failure::new("deadline", Blame::Operator, "the deadline passed", advice)).await;
+                }
+                _ = retry.tick() => self.feed(Input::Retry).await,
+                _ = tick.tick() => self.look().await,
+            }
+        }
+        self.finish().await;
+        // The peer may still ask; its last word may still be missing.
+        let until = tokio::time::Instant::now() + LINGER;
+        while !self.pilot.settled() {
+            match tokio::time::timeout_at(until, events.recv()).await {
+                Ok(Some(event)) => self.control_event(event).await,
+                _ => break,
+            }
+        }
+    }
+
+    /// Feeds the handover; a violation by the peer ends the migration.
+    async fn feed(&mut self, input: Input) {
+        match self.pilot.feed(input).await {
+            Ok(steps) => self.take(steps).await,
+            Err(refused) => self.violation(refused.to_string()).await,
+        }
+    }
+
+    async fn violation(&mut self, text: String) {
+        self.shared.metrics.byzantine_attempt("protocol");
+        let hint = AbortReason::PeerViolation.advice();
+        let failure = Failure::new("protocol", Blame::PeerMisbehaving, text, hint);
+        self.failure.get_or_insert(failure);
+        if let Ok(steps) = self.pilot.feed(Input::Abort(AbortReason::PeerViolation)).await {
+            Box::pin(self.take(steps)).await;
+        }
+    }
+
+    async fn fail(&mut self, reason: AbortReason, failure: Failure) {
+        warn!(code = %failure.code, reason = reason.code(), "{failure}");
+        self.failure.get_or_insert(failure);
+        self.feed(Input::Abort(reason)).await;
+    }
+
+    async fn take(&mut self, steps: Vec<Step>) {
+        for step in steps {
+            match step {
+                Step::StartMigration => {
+                    if let Err(failure) = self.start().await {
+                        self.failure.get_or_insert(failure);
+                        let refused = self.pilot.feed(Input::Abort(AbortReason::VmmFailedSource)).await;
+                        if let Ok(steps) = refused {
+                            Box::pin(self.take(steps)).await;
+                        }
+                    }
+                }
+                Step::AcceptStream => {}
+                Step::Finished(outcome) => self.outcome = Some(outcome),
+            }
+        }
+    }
+
+    /// Lets QEMU migrate into our socket, and starts the data path.
+    async fn start(&mut self) -> Result<(), Failure> {
+        let qemu = &self.guest.qemu;
+        let off =
+            ["return-path", "xbzrle", "compress", "multifd", "postcopy-ram", "x-ignore-shared", "x-colo"];
+        let mut capabilities = vec![("events", true), ("late-block-activate", true)];
+        capabilities.extend(off.map(|name| (name, false)));
+        let unknown = qemu.set_capabilities(&capabilities).await.map_err(qmp_failure)?;
+        if unknown.contains(&"events") {
+            let text = "this QEMU does not report the migration's progress (capability events)";
+            return Err(Failure::new("vmm_too_old", Blame::Vmm, text, "use QEMU 2.4 or newer"));
+        }
+        let parameters = Parameters {
+            downtime_limit: Some(self.vmm_limit),
+            max_bandwidth: Some(UNLIMITED),
+            ..Parameters::default()
+        };
+        qemu.set_parameters(&parameters).await.map_err(qmp_failure)?;
+        let run_dir = self.shared.config.state_dir.join("run");
+        let name = format!("{}.out", blake3::hash(self.id.as_str().as_bytes()).to_hex().split_at(16).0);
+        let listener = MigrationListener::bind(&run_dir, &name).map_err(socket_failure)?;
+        qemu.migrate(&listener.uri()).await.map_err(qmp_failure)?;
+        let stream = match timeout(CONNECT, listener.accept()).await {
+            Ok(stream) => stream.map_err(socket_failure)?,
+            Err(_) => {
+                let why = qemu.migration().await.ok().and_then(|info| info.error);
+                let text = format!("QEMU did not connect: {}", why.as_deref().unwrap_or("no reason given"));
+                let hint = "check that QEMU may use the agent's state folder";
+                return Err(Failure::new("vmm_failed_source", Blame::Vmm, text, hint));
+            }
+        };
+        let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
+        let (peer_tx, peer) = mpsc::channel(64);
+        let (out, control) = (self.outgoing.clone(), self.control.clone());
+        let counters = out.counters.clone();
+        self.transport.spawn(async move {
+            let read = ingest::ingest(stream, segments_tx, counters);
+            let send = async {
+                match out.session.path {
+                    Path::V3 => chunks::send(out, segments, peer).await,
+                    Path::V1 => bytes::send(out, control, segments, peer).await,
+                }
+            };
+            tokio::pin!(read, send);
+            tokio::select! {
+                outcome = &mut send => outcome,
+                // The end of the stream: whether it is a good one is the VMM's to say.
+                _ = &mut read => send.await,
+            }
+        });
+        self.peer = Some(peer_tx);
+        self.report.set(|s| s.phase = Phase::Precopy);
+        self.pilot.note("precopy", "").await;
+        Ok(())
+    }
+
+    async fn control_event(&mut self, event: Event) {
+        match event {
+            Event::Up => {
+                if self.dark_since.take().is_some() {
+                    self.pilot.note("link_up", "").await;
+                }
+                self.tell(FromPeer::Up).await;
+                self.feed(Input::Connected).await;
+            }
+            Event::Down(why) => {
+                self.dark_since.get_or_insert_with(Instant::now);
+                self.pilot.note("link_down", why).await;
+            }
+            Event::Message(Body::Ack(ack)) => self.tell(FromPeer::Ack(ack)).await,
+            Event::Message(Body::Nack(nack)) => self.tell(FromPeer::Nack(nack)).await,
+            Event::Message(Body::Signed(signed)) => {
+                self.heard_at = Some(Instant::now());
+                match self.pilot.hear(&signed).await {
+                    Ok(steps) => self.take(steps).await,
+                    Err(text) => self.violation(text).await,
+                }
+            }
+            Event::Message(body) => {
+                self.violation(format!("the peer sent {} out of place", body.kind())).await;
+            }
+            Event::Lost(failure) => self.fail(AbortReason::PeerAborted, failure).await,
+        }
+    }
+
+    async fn tell(&mut self, said: FromPeer) {
+        if let Some(peer) = &self.peer {
+            // The data path has ended: its outcome says why.
+            let _ = peer.send(said).await;
+        }
+    }
+
+    async fn qmp_event(&mut self, event: QmpEvent) {
+        match event.kind() {
+            EventKind::Stop if self.stopped_at.is_none() && self.peer.is_some() => {
+                // The event's own time is nearer to the truth than its arrival here.
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let age = event.at.and_then(|at| now.checked_sub(at)).filter(|age| *age < RETRY);
+                self.stopped_at = Instant::now().checked_sub(age.unwrap_or_default());
+                self.report.set(|s| s.phase = s.phase.max(Phase::Switchover));
+                self.pilot.note("switchover", "the guest stopped").await;
+            }
+            EventKind::Resume => self.stopped_at = None,
+            EventKind::Migration(MigrationStatus::Completed) => {
+                self.vmm_done = true;
+                self.whole_if_so().await;
+            }
+            EventKind::Migration(MigrationStatus::Failed | MigrationStatus::Cancelled)
+                if self.outcome.is_none() =>
+            {
+                let why = self.guest.qemu.migration().await.ok().and_then(|info| info.error);
+                let text =
+                    format!("QEMU's migration failed: {}", why.as_deref().unwrap_or("no reason given"));
+                let hint = AbortReason::VmmFailedSource.advice();
+                self.fail(
+                    AbortReason::VmmFailedSource,
+                    Failure::new("vmm_failed_source", Blame::Vmm, text, hint),
+                )
+                .await;
+            }
+            _ => {}
+        }
+    }
+
+    async fn whole_if_so(&mut self) {
+        if let (Some(transfer), true, false) = (self.transfer, self.vmm_done, self.whole) {
+            self.whole = true;
+            self.report.set(|s| s.phase = Phase::Handover);
+            self.pilot.note("delivered", format!("{} bytes of the VMM's stream", transfer.stream_len)).await;
+            self.feed(Input::Whole(transfer)).await;
+        }
+    }
+
+    async fn transport_failed(&mut self, failure: Failure) {
+        let reason = match failure.blame {
+            Blame::PeerMisbehaving => {
+                self.shared.metrics.byzantine_attempt(&failure.code);
+                AbortReason::Integrity
+            }
+            Blame::Link => AbortReason::LinkLost,
+            Blame::Operator | Blame::PeerIncompatible => AbortReason::PeerAborted,
+            Blame::Vmm => AbortReason::VmmFailedSource,
+            Blame::Local => AbortReason::Resources,
+        };
+        if self.outgoing.session.path == Path::V3 {
+            self.shared.metrics.v3_error(self.outgoing.session.mode, failure.blame);
+        }
+        self.fail(reason, failure).await;
+    }
+
+    /// Looks at the VMM and at the clock.
+    async fn look(&mut self) {
+        self.count();
+        if self.peer.is_some()
+            && !self.whole
+            && let Ok(info) = self.guest.qemu.migration().await
+        {
+            if let Some(ram) = info.ram {
+                if ram.total > 0 && self.stopped_at.is_none() {
+                    let done = 1.0 - ram.remaining as f64 / ram.total as f64;
+                    // The last percent is the switchover's.
+                    self.fraction = self.fraction.max(done.clamp(0.0, 0.99));
+                }
+                let dirty = ram.dirty_pages_rate as f64 * ram.page_size.max(1) as f64;
+                self.report.progress(
+                    self.fraction,
+                    ram.remaining,
+                    (ram.dirty_sync_count > 1).then_some(dirty),
+                );
+            }
+            // An event may have been missed in a reconnection of QMP; the state is the truth.
+            if info.status == Some(MigrationStatus::Completed) && !self.vmm_done {
+                self.vmm_done = true;
+                self.whole_if_so().await;
+            }
+        }
+        if let Some(since) = self.dark_since {
+            let stopped = self.stopped_at.is_some();
+            let patience = if stopped { SWITCHOVER_PATIENCE } else { PRECOPY_PATIENCE };
+            if since.elapsed() > patience && self.outcome.is_none() {
+                self.dark_since = None;
+                let text = format!("the link to the destination was lost for {} s", patience.as_secs());
+                let hint = AbortReason::LinkLost.advice();
+                self.fail(AbortReason::LinkLost, Failure::new("link_lost", Blame::Link, text, hint)).await;
+            }
+        }
+    }
+
+    /// Brings the metrics up to what was carried.
+    fn count(&mut self) {
+        let counters = &self.outgoing.counters;
+        let (raw, guest) = (counters.raw.load(), counters.guest.load());
+        let metrics = &self.shared.metrics;
+        match self.outgoing.session.path {
+            Path::V1 => metrics.v1_carried(raw - self.carried.0),
+            Path::V3 => {
+                metrics.v3_carried(self.outgoing.session.mode, raw - self.carried.0, guest - self.carried.1);
+            }
+        }
+        self.carried = (raw, guest);
+        self.report.refresh();
+    }
+
+    async fn finish(&mut self) {
+        self.transport.abort_all();
+        self.count();
+        let alarms = self.pilot.alarms.join(", ");
+        match self.outcome {
+            Some(Outcome::Moved) => {
+                let downtime =
+                    self.stopped_at.zip(self.heard_at).map(|(from, to)| to.saturating_duration_since(from));
+                self.report.downtime(
+                    downtime,
+                    "from the source's STOP event to the arrival of the destination's report that the guest runs: an \
+                     upper bound, too long by at most one way of the network",
+                );
+                self.report.end(Phase::Completed, None);
+            }
+            Some(Outcome::Aborted(reason)) => {
+                let failure = self.failure.take().unwrap_or_else(|| {
+                    Failure::new(
+                        reason.code(),
+                        Blame::Vmm,
+                        format!("the migration was aborted: {reason}"),
+                        reason.advice(),
+                    )
+                });
+                self.report.end(Phase::Aborted, Some(failure));
+            }
+            Some(Outcome::Lost) | None => {
+                let text = format!(
+                    "the guest started at the destination, or may have, and its VMM is gone ({alarms})"
+                );
+                let hint = "the source's VMM still holds the guest as it was at the handover; look at both nodes before you run it";
+                self.report.end(Phase::Failed, Some(Failure::new("guest_lost", Blame::Vmm, text, hint)));
+            }
+        }
+        let status = self.report.status();
+        self.pilot.note("ended", format!("{:?}", status.phase)).await;
+    }
+}
+
+fn ended() -> Failure {
+    Failure::new("ended", Blame::Local, "the control connection's task ended", "please report this")
+}
+
+fn socket_failure(error: dwcp_vmm::socket::SocketError) -> Failure {
+    Failure::new("socket", Blame::Local, error.to_string(), "check [state_dir] and its permissions")
+}

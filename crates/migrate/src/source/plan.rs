@@ -1,0 +1,235 @@
+//! Before anything is touched: may this VM be moved there, on which path, and can the downtime be kept?
+
+use std::time::Duration;
+
+use dwcp_link::DialOptions;
+use dwcp_proto::message::{Choice, Hello};
+use dwcp_proto::negotiate::{Impossible, Wish, choose};
+use dwcp_proto::{MigrationId, Mode, Path};
+use dwcp_vmm::describe::VmDescription;
+use dwcp_vmm::preflight::{self, Finding, compare};
+use dwcp_vmm::qmp::RunState;
+
+use crate::engine::{CheckReport, Shared};
+use crate::error::{Blame, Failure};
+use crate::guest::{Guest, qmp_failure};
+use crate::handshake::{Dialler, Met, nonce};
+use crate::spec::{MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
+
+/// A link counts as datacenter below this round trip.
+const DATACENTER_RTT: Duration = Duration::from_millis(5);
+/// What loading the devices' state takes at the destination, about: 5 to 15 ms were seen with the devices of a cloud guest.
+const DEVICE_LOAD: Duration = Duration::from_millis(20);
+/// Journal writes between STOP and RESUME: receipt, commit, starting.
+const WRITES: u32 = 3;
+/// The least of the downtime that must be left for memory.
+const MIN_LEFT: Duration = Duration::from_millis(10);
+
+/// How the downtime is spent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Downtime {
+    /// QEMU's limit: what it may leave to send when it stops the guest.
+    pub(crate) vmm: Duration,
+    /// What may be on its way already.
+    pub(crate) in_flight: Duration,
+}
+
+impl Downtime {
+    /// Divides what `asked` leaves after 1.5 round trips, the journal's writes and loading the devices.
+    pub(crate) fn divide(asked: Duration, rtt: Duration, write: Duration) -> Result<Self, Failure> {
+        let overhead = rtt * 3 / 2 + write * WRITES + DEVICE_LOAD;
+        let least = overhead + MIN_LEFT;
+        if asked < least {
+            let text = format!(
+                "a downtime of {} ms cannot be kept on this link: round trips, the journal and loading the devices take {} ms",
+                asked.as_millis(),
+                overhead.as_millis()
+            );
+            let hint = format!("ask for --downtime-limit {}ms or more", least.as_millis() + 1);
+            return Err(Failure::new("downtime_unreachable", Blame::Operator, text, hint));
+        }
+        let left = asked - overhead;
+        Ok(Downtime { vmm: left / 2, in_flight: left / 2 })
+    }
+}
+
+/// All that is known before the session.
+pub(crate) struct Plan {
+    pub(crate) guest: Guest,
+    pub(crate) met: Met,
+    pub(crate) choice: Choice,
+    pub(crate) dialler: Dialler,
+    pub(crate) guest_ran: bool,
+    pub(crate) downtime: Downtime,
+    problems: Vec<Failure>,
+    notes: Vec<String>,
+}
+
+impl Plan {
+    /// The first problem, if any, as the migration's failure; all of them in its text.
+    pub(crate) fn refuse_problems(&self) -> Result<(), Failure> {
+        let Some(first) = self.problems.first() else { return Ok(()) };
+        let all: Vec<&str> = self.problems.iter().map(|p| p.message.as_str()).collect();
+        Err(Failure { message: all.join("; "), ..first.clone() })
+    }
+}
+
+/// Looks at the VM, meets the destination, and chooses. Nothing is changed at either end.
+pub(crate) async fn plan(
+    shared: &Shared,
+    id: &MigrationId,
+    spec: &MigrateSpec,
+    check: bool,
+) -> Result<Plan, Failure> {
+    let qmp = match &spec.vmm {
+        Vmm::Qmp(path) => path,
+        Vmm::Relay(_) => return Err(unsupported("--relay", "drive QEMU through --qmp")),
+    };
+    if spec.source == SourceWish::Direct {
+        return Err(unsupported("--source direct", "use --source stream"));
+    }
+    if spec.verify_ram {
+        return Err(unsupported("--verify-ram", "leave it out"));
+    }
+    let guest = Guest::connect(qmp).await?;
+    let found = preflight::source(&guest.qemu, spec.shared_storage).await.map_err(qmp_failure)?;
+    let description = guest.qemu.describe().await.map_err(qmp_failure)?;
+    let guest_ran = description.run_state == RunState::Running;
+
+    let dialler = Dialler {
+        addr: spec.addr,
+        identity: shared.identity.clone(),
+        key: shared.config.key.clone(),
+        to: spec.to.clone(),
+        options: DialOptions::default(),
+    };
+    let offer = shared.offer_as_source();
+    let hello = Hello {
+        source: shared.config.key.node().to_string(),
+        destination: spec.to.to_string(),
+        vm: spec.vm.to_string(),
+        migration: id.to_string(),
+        nonce: nonce()?.to_vec(),
+        offer: Some(offer.clone()),
+        description: description.to_json().map_err(|error| {
+            Failure::new("description", Blame::Local, error.to_string(), "please report this")
+        })?,
+        check,
+    };
+    let local = failures(found);
+    let met = match dialler.meet(hello).await {
+        Ok(met) => met,
+        // What speaks against the migration here is more use than that the peer refuses it too.
+        Err(_) if !local.is_empty() && !check => return Err(local[0].clone()),
+        Err(failure) => return Err(failure),
+    };
+    let theirs = VmDescription::from_json(&met.welcome.description).map_err(|error| {
+        Failure::new(
+            "description",
+            Blame::PeerMisbehaving,
+            error.to_string(),
+            "compare both agents' versions",
+        )
+    })?;
+    let (mut problems, mut notes) = (local, Vec::new());
+    for difference in compare(&description, &theirs) {
+        let finding = Finding::Differs(difference);
+        match finding.is_fatal() {
+            true => problems.extend(failures(vec![finding])),
+            false => notes.push(finding.to_string()),
+        }
+    }
+    let link = if met.rtt < DATACENTER_RTT { Mode::Datacenter } else { Mode::Internet };
+    let wish = Wish {
+        path: match spec.path {
+            PathWish::Auto => None,
+            PathWish::V1 => Some(Path::V1),
+            PathWish::V3 => Some(Path::V3),
+        },
+        mode: match spec.mode {
+            ModeWish::Auto => None,
+            ModeWish::Internet => Some(Mode::Internet),
+            ModeWish::Datacenter => Some(Mode::Datacenter),
+        },
+        streams: spec.streams.map(u32::from),
+    };
+    let theirs = met.welcome.offer.clone().unwrap_or_default();
+    let mut choice = choose(&offer, &theirs, wish, link).map_err(impossible)?;
+    choice.guest_runs = guest_ran;
+    let downtime = Downtime::divide(spec.downtime_limit, met.rtt, shared.write_time)?;
+    Ok(Plan { guest, met, choice, dialler, guest_ran, downtime, problems, notes })
+}
+
+/// `migrate --check`.
+pub(crate) async fn check(shared: &Shared, id: &MigrationId, spec: &MigrateSpec) -> CheckReport {
+    match plan(shared, id, spec, true).await {
+        Ok(plan) => CheckReport {
+            ok: plan.problems.is_empty(),
+            path: Path::from_wire(plan.choice.path).map(|p| p.name().to_owned()),
+            mode: Mode::from_wire(plan.choice.mode).map(|m| m.name().to_owned()),
+            rtt_ms: Some(plan.met.rtt.as_secs_f64() * 1e3),
+            notes: plan.notes.into_iter().chain(plan.choice.reasons).collect(),
+            problems: plan.problems,
+        },
+        Err(failure) => CheckReport {
+            ok: false,
+            problems: vec![failure],
+            notes: Vec::new(),
+            path: None,
+            mode: None,
+            rtt_ms: None,
+        },
+    }
+}
+
+fn unsupported(what: &str, hint: &str) -> Failure {
+    Failure::new("unsupported", Blame::Operator, format!("{what} is not supported by this version"), hint)
+}
+
+fn impossible(error: Impossible) -> Failure {
+    let (code, blame) = match &error {
+        Impossible::V3Barred(_) => ("v3_barred", Blame::Operator),
+        Impossible::Nothing { .. } => ("no_path", Blame::Operator),
+        Impossible::V1Barred(_) => ("v1_barred", Blame::Operator),
+        Impossible::BadOffer(_) => ("bad_offer", Blame::PeerMisbehaving),
+    };
+    let hint = match code {
+        "v3_barred" => "use --path auto, or change the flag",
+        "bad_offer" => "compare both agents' versions",
+        _ => "change [policy] v1 or the flag",
+    };
+    Failure::new(code, blame, error.to_string(), hint)
+}
+
+/// Findings of the preflight as failures with stable codes.
+pub(crate) fn failures(findings: Vec<Finding>) -> Vec<Failure> {
+    let code = |finding: &Finding| match finding {
+        Finding::Blocked { .. } => ("vmm_blocked", Blame::Vmm),
+        Finding::LocalDisk { .. } => ("local_disk", Blame::Operator),
+        Finding::SourceState { .. } => ("source_state", Blame::Operator),
+        Finding::SourceBusy { .. } => ("source_busy", Blame::Operator),
+        Finding::DestinationState { .. } | Finding::DestinationListens => ("not_incoming", Blame::Operator),
+        Finding::Differs(_) => ("layout_differs", Blame::Operator),
+        _ => ("preflight", Blame::Operator),
+    };
+    let failure = |finding: &Finding| {
+        let (code, blame) = code(finding);
+        Failure::new(code, blame, finding.to_string(), "")
+    };
+    findings.iter().filter(|f| f.is_fatal()).map(failure).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_downtime_that_the_link_cannot_keep_is_refused_with_what_it_can() {
+        let ms = Duration::from_millis;
+        let failure = Downtime::divide(ms(150), ms(100), ms(5)).unwrap_err();
+        assert_eq!(failure.code, "downtime_unreachable");
+        assert!(failure.hint.contains("196ms"), "{failure}");
+        let downtime = Downtime::divide(ms(300), ms(20), ms(5)).unwrap();
+        assert_eq!(downtime.vmm + downtime.in_flight, ms(300 - 30 - 15 - 20));
+    }
+}
