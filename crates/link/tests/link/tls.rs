@@ -130,11 +130,14 @@ async fn a_reload_lets_a_new_key_in_and_an_old_one_no_more() {
 }
 
 #[tokio::test]
-async fn tls_1_2_is_refused() {
+async fn tls_1_2_is_refused_and_told_so() {
     let (_, dst) = both();
     let listener = listen(&dst, ListenOptions::default()).await;
     let mut client = TcpStream::connect(listener.local_addr()).await.unwrap();
-    client.write_all(&client_hello_of_tls_1_2()).await.unwrap();
+    let mut hello = client_hello_of_tls_1_2();
+    // Further bytes stay unread when the listener has seen enough: closing must not reset the alert away.
+    hello.resize(32 << 10, 0);
+    client.write_all(&hello).await.unwrap();
     let mut answer = Vec::new();
     within(client.read_to_end(&mut answer)).await.unwrap();
     // A fatal alert: record type, version, length, level 2, protocol_version.
