@@ -56,8 +56,8 @@ impl Decompressor {
         Decompressor { zstd: DCtx::create(), out: Vec::new() }
     }
 
-    /// The `raw_len` bytes that `payload` stands for. The caller has held `raw_len` against its limit; everything
-    /// else that can be known from the payload's own header is checked before memory is taken.
+    /// The `raw_len` bytes that `payload` stands for. The caller has held `raw_len` against its limit;
+    /// everything else that can be known from the payload's own header is checked before memory is taken.
     pub(crate) fn decompress<'a>(
         &'a mut self,
         codec: Codec,

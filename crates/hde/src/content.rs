@@ -12,8 +12,8 @@ use crate::format::{
     Header, NAMED, OP_BLANKS, OP_OPAQUE, OP_PAGES, OP_ZEROS, PAGE_INDEX_END, TableError, read_varint,
 };
 
-/// One chunk's content, parsed and checked. A stream sink takes [`write_stream`](Self::write_stream), a sink that maps the
-/// guest's RAM takes [`items`](Self::items); both see the same parse.
+/// One chunk's content, parsed and checked. A stream sink takes [`write_stream`](Self::write_stream), a sink
+/// that maps the guest's RAM takes [`items`](Self::items); both see the same parse.
 #[derive(Debug, Clone, Copy)]
 pub struct Content<'a> {
     table: &'a Table,
@@ -102,7 +102,8 @@ impl<'a> Content<'a> {
         })
     }
 
-    /// Appends the VMM's stream, byte for byte as it entered the encoder: [`stream_len`](Self::stream_len) bytes.
+    /// Appends the VMM's stream, byte for byte as it entered the encoder: [`stream_len`](Self::stream_len)
+    /// bytes.
     pub fn write_stream(&self, out: &mut Vec<u8>) {
         out.reserve(self.stream_len);
         for item in self.items() {

@@ -47,15 +47,16 @@ impl Decoder {
         Decoder { decompressor: Decompressor::new(), table: Table::default() }
     }
 
-    /// Opens a chunk of data: decompresses its payload if need be and checks all of it. The content lends from the chunk
-    /// (raw) or from the decoder's buffer, so no page is copied here. An end of stream has no content: it is refused.
+    /// Opens a chunk of data: decompresses its payload if need be and checks all of it. The content lends
+    /// from the chunk (raw) or from the decoder's buffer, so no page is copied here. An end of stream has no
+    /// content: it is refused.
     pub fn open<'a>(&'a mut self, chunk: &'a VerifiedChunk) -> Result<Content<'a>, DecodeError> {
         let header = chunk.header();
         self.open_parts(header.codec, chunk.payload(), header.raw_len as usize, header.stream_len as usize)
     }
 
-    /// Appends the chunk's stretch of the VMM's stream to `out`, exactly as many bytes as its header announces; nothing
-    /// if it is refused.
+    /// Appends the chunk's stretch of the VMM's stream to `out`, exactly as many bytes as its header
+    /// announces; nothing if it is refused.
     pub fn decode(&mut self, chunk: &VerifiedChunk, out: &mut Vec<u8>) -> Result<(), DecodeError> {
         self.open(chunk)?.write_stream(out);
         Ok(())

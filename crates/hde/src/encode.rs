@@ -24,6 +24,29 @@ pub enum Choice {
     Sampled(i32),
 }
 
+impl Choice {
+    /// For internet mode, until the link's rate and the CPU are measured.
+    ///
+    /// Share saved, and GB/s of guest memory encoded and decoded by one thread, in chunks of 512 KiB:
+    ///
+    /// | | programs, libraries | compiler's heap | interpreter's heap |
+    /// |---|---|---|---|
+    /// | lz4 | 48 %, 0.39, 1.7 | 70 %, 0.57, 1.7 | 76 %, 0.71, 2.3 |
+    /// | zstd -1 | 55 %, 0.44, 1.3 | 78 %, 0.44, 1.1 | 86 %, 0.70, 1.7 |
+    /// | zstd 1 | 59 %, 0.31, 0.9 | 80 %, 0.42, 1.0 | 88 %, 0.66, 1.6 |
+    /// | zstd 3 | 63 %, 0.19, 0.9 | 81 %, 0.27, 1.0 | 88 %, 0.39, 1.3 |
+    ///
+    /// Level 1 is the knee: one worker fills some 80 to 125 MB/s of link, level 3 takes two thirds more time
+    /// for at most 3 points, and lz4 is hardly faster and loses 10. The sample makes incompressible chunks
+    /// three times as fast (6.9 against 2.4 GB/s) and was wrong about none of these. Chunks of 256 KiB save
+    /// 0.3 points less, of 1 MiB 0.2 more. (`cargo run --release -p dwcp-benches --example codecs -- FILE...`
+    /// makes such figures.)
+    pub const INTERNET: Choice = Choice::Sampled(1);
+
+    /// For datacenter mode: links there outrun every codec.
+    pub const DATACENTER: Choice = Choice::Raw;
+}
+
 /// What became of a segment, beside its payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Encoded {
@@ -126,10 +149,11 @@ impl Encoder {
         Encoder { layout: Layout::default(), compressor: Compressor::new(), raw: Vec::new() }
     }
 
-    /// Encodes `segment` into `payload`, whose content is replaced. A payload is never longer than it would be raw.
+    /// Encodes `segment` into `payload`, whose content is replaced. A payload is never longer than it would
+    /// be raw.
     ///
-    /// Every record is held against the segment's bytes on the way, so what is encoded decodes to exactly these
-    /// bytes; on an error the bytes can still be sent as [`Segment::opaque`].
+    /// Every record is held against the segment's bytes on the way, so what is encoded decodes to exactly
+    /// these bytes; on an error the bytes can still be sent as [`Segment::opaque`].
     pub fn encode(
         &mut self,
         segment: &Segment,

@@ -2,8 +2,8 @@
 //!
 //! # Layout, version 1
 //!
-//! Fixed integers are big-endian. Like lies by like, because that compresses best and because the pages, by far
-//! the most of it, are then one slice:
+//! Fixed integers are big-endian. Like lies by like, because that compresses best and because the pages, by
+//! far the most of it, are then one slice:
 //!
 //! ```text
 //! offset  bytes                what
@@ -22,11 +22,11 @@
 //!
 //! # Table
 //!
-//! A *name* is one byte of length and as many bytes, as in QEMU's stream. Names ascend strictly, byte by byte, so
-//! each occurs once. A chunk carries every name it needs, so it can be decoded alone, in any order.
+//! A *name* is one byte of length and as many bytes, as in QEMU's stream. Names ascend strictly, byte by
+//! byte, so each occurs once. A chunk carries every name it needs, so it can be decoded alone, in any order.
 //!
-//! An *operation* is a byte and then unsigned varints (LEB128, seven bits a byte, low bits first, shortest form
-//! only). It stands for one or more records of the VMM's stream; operations are in stream order.
+//! An *operation* is a byte and then unsigned varints (LEB128, seven bits a byte, low bits first, shortest
+//! form only). It stands for one or more records of the VMM's stream; operations are in stream order.
 //!
 //! | byte | operation | varints | stands for |
 //! |---|---|---|---|
@@ -36,13 +36,13 @@
 //! | 0x04 | blanks | `block gap count` | `count` full-page records whose content is all zero; nothing is stored |
 //! | 0x05–0x0f | reserved | | unchanged page, reference within the VM, delta with the page's own hash |
 //!
-//! Bit 0x80 (`NAMED`) may be set on 0x02 to 0x04: the first record of the run carries the block's name. Otherwise it
-//! has the CONTINUE flag, as all further records of a run have; then its block must be that of the run before it in
-//! the chunk, if there is one. Any other byte is refused.
+//! Bit 0x80 (`NAMED`) may be set on 0x02 to 0x04: the first record of the run carries the block's name.
+//! Otherwise it has the CONTINUE flag, as all further records of a run have; then its block must be that of
+//! the run before it in the chunk, if there is one. Any other byte is refused.
 //!
-//! `block` is an index into the chunk's names. `gap` counts the pages of that block between the run before it in
-//! this chunk (at first: the start of the block) and this run. So the pages of a block ascend strictly within a chunk,
-//! and a page that occurs twice cannot be written down. `len` and `count` are at least 1.
+//! `block` is an index into the chunk's names. `gap` counts the pages of that block between the run before it
+//! in this chunk (at first: the start of the block) and this run. So the pages of a block ascend strictly
+//! within a chunk, and a page that occurs twice cannot be written down. `len` and `count` are at least 1.
 //!
 //! # What the records become in the stream
 //!
@@ -51,19 +51,20 @@
 //!
 //! # Limits
 //!
-//! Full-page records: `MAX_CHUNK_PAGES_BYTES`. Records, each opaque run counting as one: `MAX_SEGMENT_RECORDS`.
-//! Names: `MAX_BLOCKS`. Bytes of the stream: `MAX_SEGMENT_BYTES`, and exactly what the chunk's header announces. Page
-//! index: below 2⁵². A receiver that writes to RAM checks a page against the size of its block besides.
+//! Full-page records: `MAX_CHUNK_PAGES_BYTES`. Records, each opaque run counting as one:
+//! `MAX_SEGMENT_RECORDS`. Names: `MAX_BLOCKS`. Bytes of the stream: `MAX_SEGMENT_BYTES`, and exactly what the
+//! chunk's header announces. Page index: below 2⁵². A receiver that writes to RAM checks a page against the
+//! size of its block besides.
 //!
 //! # Codecs
 //!
-//! The chunk's codec covers the whole payload: *raw* as it is; *lz4*, one block; *zstd*, one frame with its content
-//! size, without dictionary id, its window at most [`MAX_WINDOW`]. The announced raw length is exact.
+//! The chunk's codec covers the whole payload: *raw* as it is; *lz4*, one block; *zstd*, one frame with its
+//! content size, without dictionary id, its window at most [`MAX_WINDOW`]. The announced raw length is exact.
 //!
 //! # Versions
 //!
-//! A decoder refuses a version or an operation that it does not know. A new operation, codec or lane with a longer
-//! window needs a new version or codec number, agreed at negotiation.
+//! A decoder refuses a version or an operation that it does not know. A new operation, codec or lane with a
+//! longer window needs a new version or codec number, agreed at negotiation.
 
 use dwcp_proto::limits::{
     MAX_BLOCK_NAME, MAX_RAW_PAYLOAD, MAX_SEGMENT_BYTES, MAX_SEGMENT_RECORDS, PAGE_SIZE,
@@ -72,7 +73,8 @@ use dwcp_proto::limits::{
 /// The version of the payload that this crate writes and reads.
 pub const HDE_VERSION: u8 = 1;
 
-/// Bytes of a zstd frame's window: what a payload of the greatest length can use, rounded up to a power of two.
+/// Bytes of a zstd frame's window: what a payload of the greatest length can use, rounded up to a power of
+/// two.
 pub const MAX_WINDOW: u64 = (MAX_RAW_PAYLOAD as u64).next_power_of_two();
 
 /// Page indexes end here: a record word holds index × page size in 64 bits.
@@ -87,8 +89,8 @@ pub(crate) const NAMED: u8 = 0x80;
 /// An operation is a byte, a block (2 bytes of varint), a gap (8) and a count (2).
 const MAX_OPERATION: usize = 13;
 
-// Whatever segment keeps the limits has a payload that does: its names and content are in the stream as well, but for
-// one name that an earlier segment wrote.
+// Whatever segment keeps the limits has a payload that does: its names and content are in the stream as well,
+// but for one name that an earlier segment wrote.
 const _: () = assert!(
     MAX_SEGMENT_BYTES + Header::LEN + MAX_SEGMENT_RECORDS * MAX_OPERATION + 1 + MAX_BLOCK_NAME
         <= MAX_RAW_PAYLOAD
@@ -131,7 +133,8 @@ impl Header {
     }
 }
 
-/// What is wrong with a payload's header or table. The sender is at fault: a right one never writes such a payload.
+/// What is wrong with a payload's header or table. The sender is at fault: a right one never writes such a
+/// payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TableError {
     /// The payload's version is not [`HDE_VERSION`].

@@ -11,8 +11,8 @@ use crate::format::{Header, NAMED, OP_BLANKS, OP_OPAQUE, OP_PAGES, OP_ZEROS, PAG
 
 static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
-/// The table of a payload, and the places in the segment's bytes that its content comes from. An encoder keeps it from chunk
-/// to chunk.
+/// The table of a payload, and the places in the segment's bytes that its content comes from. An encoder
+/// keeps it from chunk to chunk.
 #[derive(Debug, Default)]
 pub(crate) struct Layout {
     /// Names and operations, as in the payload.
@@ -37,8 +37,8 @@ enum Fault {
 }
 
 impl Layout {
-    /// Reads `segment`, holding every word and name in its bytes against the index: whatever is read so decodes to the
-    /// same bytes.
+    /// Reads `segment`, holding every word and name in its bytes against the index: whatever is read so
+    /// decodes to the same bytes.
     pub(crate) fn read(&mut self, segment: &Segment) -> Result<(), EncodeError> {
         let offset = segment.offset;
         check_limits(segment)?;

@@ -7,14 +7,15 @@
 //! ```
 //!
 //! The layers of the hierarchy, from the cheapest: a *zero* page costs nothing but its share of a run in the
-//! table; every other page goes through the chunk's [codec](dwcp_proto::Codec), chosen per chunk. [`format`](mod@format) specifies the
-//! payload byte by byte and names the layers that have a reserved place.
+//! table; every other page goes through the chunk's [codec](dwcp_proto::Codec), chosen per chunk.
+//! [`format`](mod@format) specifies the payload byte by byte and names the layers that have a reserved place.
 //!
-//! Each worker thread owns one [`Encoder`] or one [`Decoder`]: contexts and buffers are reused, so a chunk costs
-//! no allocation once they have grown to their bounded size. This crate does no I/O and knows no clock.
+//! Each worker thread owns one [`Encoder`] or one [`Decoder`]: contexts and buffers are reused, so a chunk
+//! costs no allocation once they have grown to their bounded size. This crate does no I/O and knows no clock.
 //!
-//! A [`Decoder`] takes a [`VerifiedChunk`](dwcp_proto::VerifiedChunk), whose digest and signature were checked. It trusts
-//! nothing in it all the same: each length meets a limit of [`dwcp_proto::limits`] before memory is taken for it.
+//! A [`Decoder`] takes a [`VerifiedChunk`](dwcp_proto::VerifiedChunk), whose digest and signature were
+//! checked. It trusts nothing in it all the same: each length meets a limit of [`dwcp_proto::limits`] before
+//! memory is taken for it.
 
 mod codec;
 mod content;

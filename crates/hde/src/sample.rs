@@ -1,9 +1,9 @@
 //! Whether a chunk is worth compressing, from a small sample of all of it.
 //!
 //! Encrypted and compressed memory is the case worth finding: no codec gains anything there, and its bytes
-//! are as good as uniform. Uniform bytes have the least possible sum of squared counts; the sum found is held against
-//! it. It is an integer test that sees a few per cent of anything else in the chunk, and takes some 3 % of the time of zstd's
-//! fastest levels on ordinary pages.
+//! are as good as uniform. Uniform bytes have the least possible sum of squared counts; the sum found is held
+//! against it. It is an integer test that sees a few per cent of anything else in the chunk, and takes some 3
+//! % of the time of zstd's fastest levels on ordinary pages.
 
 use dwcp_proto::limits::PAGE_SIZE;
 

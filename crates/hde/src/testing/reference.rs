@@ -1,5 +1,6 @@
-//! The format once more, as slowly and plainly as it can be read: byte by byte, in numbers too wide to overflow, with
-//! sets where the decoder has an ordering. It shares no code with it, and lets zstd judge its own frames.
+//! The format once more, as slowly and plainly as it can be read: byte by byte, in numbers too wide to
+//! overflow, with sets where the decoder has an ordering. It shares no code with it, and lets zstd judge its
+//! own frames.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,5 @@
-//! Payloads that a signing but hostile source could send, by the names that the fault catalogue gives them. Each is refused
-//! before the decoder takes memory for what it promises.
+//! Payloads that a signing but hostile source could send, by the names that the fault catalogue gives them.
+//! Each is refused before the decoder takes memory for what it promises.
 
 use dwcp_proto::Codec;
 use dwcp_proto::limits::{MAX_RAW_PAYLOAD, MAX_SEGMENT_BYTES, MAX_SEGMENT_RECORDS, MAX_WIRE_PAYLOAD};
@@ -253,7 +253,8 @@ fn a_malformed_table() {
     assert_eq!(table_refusal(&payload(RAM, &[&[ZEROS, 0, 0, 0]], b"", 0), 0), TableError::Empty);
     assert_eq!(table_refusal(&payload(RAM, &[&[0x01, 0]], b"", 0), 0), TableError::Empty);
     assert_eq!(table_refusal(&payload(RAM, &[&[ZEROS, 0, 0]], b"", 0), 9), TableError::Number);
-    // A continued record belongs to the block before it: anything else would be read otherwise from the stream.
+    // A continued record belongs to the block before it: anything else would be read otherwise from the
+    // stream.
     let two: &[&[u8]] = &[b"a", b"b"];
     let swap = payload(two, &[&[ZEROS | 0x80, 0, 0, 1], &[ZEROS, 1, 0, 1]], b"", 0);
     assert_eq!(table_refusal(&swap, 20), TableError::Continues);

@@ -168,11 +168,12 @@ proptest! {
             let encoded = encoder.encode(&segment, choice, &mut payload).unwrap();
             prop_assert_eq!((encoded, payload.clone()), encode(&segment, choice));
             out.clear();
-            let raw_len = encoded.raw_len as usize;
-            decoder.decode_unverified(encoded.codec, &payload, raw_len, segment.bytes.len(), &mut out).unwrap();
+            let (raw_len, stream_len) = (encoded.raw_len as usize, segment.bytes.len());
+            decoder.decode_unverified(encoded.codec, &payload, raw_len, stream_len, &mut out).unwrap();
             prop_assert!(out == segment.bytes);
             // A refusal in between leaves nothing behind.
-            let _ = decoder.decode_unverified(Codec::Raw, &payload[..payload.len() / 2], payload.len() / 2, 1, &mut out);
+            let half = &payload[..payload.len() / 2];
+            prop_assert!(decoder.decode_unverified(Codec::Raw, half, half.len(), 1, &mut out).is_err());
         }
     }
 
@@ -186,8 +187,8 @@ proptest! {
         spoil(&mut payload, &changes);
         let raw_len = if encoded.codec == Codec::Raw { payload.len() } else { encoded.raw_len as usize };
         assert_agreement(encoded.codec, &payload, raw_len, segment.bytes.len())?;
-        // The length that the spoiled records give, if they still give one: else the announced length would refuse
-        // nearly everything.
+        // The length that the spoiled records give, if they still give one: else the announced length would
+        // refuse nearly everything.
         if encoded.codec == Codec::Raw
             && let Some(stream) = reference::records(&payload)
         {

@@ -231,7 +231,8 @@ fn an_index_that_does_not_give_the_bytes_is_refused() {
     assert_eq!(refusal(&|s| run(s, 0, &|r| r.continued = false)), mismatch(0));
     assert_eq!(refusal(&|s| run(s, 4, &|r| r.block = RamBlockId(0))), mismatch(4));
     assert_eq!(refusal(&|s| run(s, 4, &|r| r.block = RamBlockId(99))), mismatch(4));
-    // A zero record whose fill byte is none, as QEMU could write: the source has to pass it on as opaque bytes.
+    // A zero record whose fill byte is none, as QEMU could write: the source has to pass it on as opaque
+    // bytes.
     let mut bytes = good.bytes.to_vec();
     let first_zero = 3 * (8 + PAGE_SIZE) + 8;
     bytes[first_zero] = 1;
