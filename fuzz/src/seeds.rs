@@ -1,0 +1,118 @@
+//! Writes a small corpus for each fuzz target into `fuzz/corpus`, made by the product's own writers.
+
+use std::path::Path;
+use std::{fs, io};
+
+use dwcp_hde::testing::SegmentBuilder;
+use dwcp_hde::{Choice, Encoder};
+use dwcp_proto::frame::Head;
+use dwcp_proto::journal::{self, Chain, Entry, Note};
+use dwcp_proto::message::{Ack, Body, Hello, Message, Nack, Offer, Ping};
+use dwcp_proto::{EncodedChunk, Lane, NodeKey, NodeName, PageVersion, Sealer, SessionId, StreamOffset};
+use dwcp_vmm::sim::StreamWriter;
+
+fn main() -> io::Result<()> {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    for (target, seeds) in [("stream_parse", streams()), ("chunk_decode", chunks()), ("frame", frames())] {
+        let folder = corpus.join(target);
+        fs::create_dir_all(&folder)?;
+        for (seed, n) in seeds.iter().zip(0..) {
+            fs::write(folder.join(format!("seed-{n}")), seed)?;
+        }
+        println!("{}: {} seeds", folder.display(), seeds.len());
+    }
+    Ok(())
+}
+
+/// Streams behind the three bytes that say how they are cut.
+fn streams() -> Vec<Vec<u8>> {
+    let page = [0x5a; 4096];
+    let mut begin = StreamWriter::new();
+    begin.header();
+    begin.configuration("pc-q35-10.0");
+    begin.subsection("configuration/uuid", &[7; 16]);
+    begin.command(2, &1u32.to_be_bytes());
+    begin.ram_start([(&b"pc.ram"[..], 1 << 16), (b"pc.bios", 1 << 13)].into_iter());
+    let mut zeros = begin.clone();
+    zeros.ram_part(false);
+    (0..12).for_each(|index| zeros.page(b"pc.ram", index, &[0; 4096]));
+    zeros.flush_record();
+    zeros.section_end();
+    let mut pages = begin.clone();
+    pages.ram_part(false);
+    pages.page(b"pc.ram", 0, &page);
+    pages.page(b"pc.bios", 1, &[0; 4096]);
+    pages.page(b"pc.ram", 0, &[0; 4096]);
+    pages.section_end();
+    pages.ram_part(true);
+    pages.section_end();
+    pages.raw(b"\x04\0\0\0\x09\x03fdc\0\0\0\0\0\0\0\x01");
+    [begin, zeros, pages]
+        .into_iter()
+        .flat_map(|mut stream| {
+            let stream = stream.take();
+            [[16, 255, 0], [16, 1, 3]].map(|how| [&how[..], &stream].concat())
+        })
+        .collect()
+}
+
+/// Payloads of every codec behind the bytes that say what a header would announce.
+fn chunks() -> Vec<Vec<u8>> {
+    let mut small = SegmentBuilder::new();
+    small.zero(b"pc.ram", 1).zero(b"pc.ram", 2).opaque(b"opaque").zero(b"pc.bios", 9);
+    let mut large = SegmentBuilder::new().continuing(b"pc.ram");
+    large.page(b"pc.ram", 3, &[0; 4096]).page(b"pc.ram", 4, &[1; 4096]).opaque(b"x").zero(b"/rom", 1 << 40);
+    let mut seeds = Vec::new();
+    for segment in [small.finish(0), large.finish(0)] {
+        for (how, choice) in [(0, Choice::Raw), (1, Choice::Lz4), (2, Choice::Zstd(1))] {
+            let mut payload = Vec::new();
+            let Ok(encoded) = Encoder::new().encode(&segment, choice, &mut payload) else { continue };
+            let raw_len = encoded.raw_len.to_le_bytes();
+            let stream_len = (segment.bytes.len() as u32).to_le_bytes();
+            seeds.push([&[how], &raw_len[..3], &stream_len[..3], &payload].concat());
+        }
+    }
+    seeds
+}
+
+/// Heads, messages, chunk headers and journals behind the byte that says which.
+fn frames() -> Vec<Vec<u8>> {
+    let mut seeds = vec![[&[0], &Head::CHUNK.to_bytes()[..]].concat()];
+    let bodies = [
+        Body::Hello(Hello { offer: Some(Offer::default()), ..Hello::default() }),
+        Body::Ack(Ack::default()),
+        Body::Nack(Nack::default()),
+        Body::Ping(Ping { token: 7 }),
+    ];
+    seeds.extend(bodies.map(|body| [&[1], &Message::from(body).to_bytes()[..]].concat()));
+    if let Ok(name) = NodeName::new("hv-01") {
+        let key = NodeKey::from_seed(name, &[1; 32]);
+        let payload = bytes::Bytes::from_static(b"payload");
+        let chunk = EncodedChunk::new(
+            dwcp_proto::Codec::Raw,
+            Lane(0),
+            PageVersion(0),
+            StreamOffset(0),
+            7,
+            7,
+            payload,
+        );
+        let mut sealer = Sealer::new(SessionId([9; 32]));
+        for chunk in [sealer.seal(&key, chunk), sealer.seal_end(&key)] {
+            seeds.push([&[2], &chunk.header().to_bytes()[..]].concat());
+        }
+    }
+    let mut chain = Chain::default();
+    let mut lines = Vec::new();
+    for entry in [Entry::Note(Note::new("phase", "precopy")), Entry::Starting { run: true }, Entry::Running] {
+        if let Ok(line) = journal::encode(&entry, 1_764_547_200_000, &chain) {
+            lines.push(line.text);
+            chain = line.next;
+        }
+    }
+    seeds.push([&[3], lines.concat().as_bytes()].concat());
+    // The same without the sums, which the target adds.
+    let bodies: Vec<_> = lines.iter().filter_map(|line| Some(line.split_once(",\"sum\"")?.0)).collect();
+    seeds.push([&[4], bodies.join("\n").as_bytes()].concat());
+    seeds
+}
