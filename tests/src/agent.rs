@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::kit::target_dir;
 use crate::wait::until;
+use crate::wan::{entering, within};
 
 /// From the start of the process to an answer on its RPC socket.
 const START: Duration = Duration::from_secs(15);
@@ -48,6 +49,8 @@ pub struct AgentConfig {
     pub datacenter_encryption: &'static str,
     /// `state_dir`; the agent's own folder where `None`.
     pub state_dir: Option<PathBuf>,
+    /// The network namespace that it runs in: [`crate::Wan::namespace`].
+    pub namespace: Option<PathBuf>,
     /// Further lines of TOML, put at the end.
     pub extra: String,
 }
@@ -63,6 +66,7 @@ impl Default for AgentConfig {
             v1_plain: false,
             datacenter_encryption: "tls",
             state_dir: None,
+            namespace: None,
             extra: String::new(),
         }
     }
@@ -231,8 +235,11 @@ impl Agent {
     fn command(&self, privileges: &[&str]) -> Result<Command> {
         let config = self.dir.join("dwcpd.toml");
         fs::write(&config, self.config.toml(&self.node, &self.dir))?;
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]).args(privileges);
+        let mut command = match &self.config.namespace {
+            Some(namespace) => entering(namespace),
+            None => Command::new("env"),
+        };
+        command.args(["setpriv", "--pdeathsig", "KILL"]).args(privileges);
         command.arg(program("dwcpd")?).arg("--config").arg(config).env("RUST_LOG", "info");
         Ok(command)
     }
@@ -308,7 +315,12 @@ impl Agent {
     /// # Errors
     /// It does not answer with status 200.
     pub fn http_get(&self, path: &str) -> Result<String> {
-        let mut stream = std::net::TcpStream::connect(self.listen()?.metrics)?;
+        let address = self.listen()?.metrics;
+        let connect = || Ok(std::net::TcpStream::connect(address)?);
+        let mut stream = match &self.config.namespace {
+            Some(namespace) => within(namespace, connect)?,
+            None => connect()?,
+        };
         stream.set_read_timeout(Some(START))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
         let answer = std::io::read_to_string(stream)?;

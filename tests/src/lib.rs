@@ -19,12 +19,12 @@ mod guest;
 mod kit;
 mod migrate;
 mod qemu;
+mod qmp;
 pub mod ram;
 mod scene;
 mod wait;
+mod wan;
 mod watch;
-
-mod qmp;
 
 pub use agent::{Agent, AgentConfig, CtlOutput, Listen};
 pub use guest::{GuestLoad, Mix, Report, SerialLog};
@@ -34,4 +34,5 @@ pub use qemu::{Backing, Qemu, QemuSpec, Role};
 pub use qmp::{Event, Qmp, QmpError};
 pub use scene::{Scene, VM};
 pub use wait::until;
+pub use wan::{Count, Direction, End, LineProfile, Wan};
 pub use watch::{Moment, Timeline, Watcher};

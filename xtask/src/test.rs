@@ -30,7 +30,16 @@ pub(crate) fn test() -> Result<()> {
     run(cargo(TEST).args(["test", "--release", "--workspace", "--doc"]))
 }
 
-/// Builds `dwcpd` and `dwcpctl`.
+/// Builds `dwcpd` and `dwcpctl`, and what the laboratory runs beside them.
 pub(crate) fn build_programs() -> Result<()> {
-    run(cargo(BUILD).args(["build", "--release", "--package", "dwcpd", "--package", "dwcpctl"]))
+    run(cargo(BUILD).args([
+        "build",
+        "--release",
+        "--package",
+        "dwcpd",
+        "--package",
+        "dwcpctl",
+        "--package",
+        "dwcp-wan",
+    ]))
 }

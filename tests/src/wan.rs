@@ -1,0 +1,286 @@
+//! A long line between two network namespaces, for agents that are to be far from each other: see `dwcp-wan`.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::agent::program;
+use crate::kit::skip;
+use crate::wait::until;
+
+/// For a namespace or a device to be there.
+const SETUP: Duration = Duration::from_secs(10);
+
+/// One of the two ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The first.
+    A,
+    /// The second.
+    B,
+}
+
+impl End {
+    /// Both.
+    pub const ALL: [End; 2] = [End::A, End::B];
+
+    /// Its address: of the network that is set aside for documentation.
+    pub fn address(self) -> IpAddr {
+        IpAddr::V4(match self {
+            End::A => Ipv4Addr::new(192, 0, 2, 1),
+            End::B => Ipv4Addr::new(192, 0, 2, 2),
+        })
+    }
+
+    fn device(self) -> &'static str {
+        match self {
+            End::A => "dwcp-a",
+            End::B => "dwcp-b",
+        }
+    }
+}
+
+/// Which way packets go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From `a` to `b`.
+    AToB,
+    /// From `b` to `a`.
+    BToA,
+    /// Either way.
+    Both,
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Direction::AToB => "ab",
+            Direction::BToA => "ba",
+            Direction::Both => "both",
+        })
+    }
+}
+
+/// What a direction of the line is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LineProfile {
+    /// Bits a second; 0 is as fast as the machine.
+    pub bits_per_second: u64,
+    /// From one end to the other; half of the round trip.
+    pub delay: Duration,
+    /// Packets lost of a million.
+    pub loss_ppm: u32,
+    /// Bytes that wait for their turn before packets are dropped.
+    pub queue: u64,
+}
+
+impl LineProfile {
+    /// A line of this rate and delay, without loss, whose queue holds some two round trips' worth.
+    pub fn new(bits_per_second: u64, delay: Duration) -> Self {
+        let queue = (bits_per_second as f64 / 8.0 * delay.as_secs_f64() * 4.0) as u64;
+        LineProfile { bits_per_second, delay, loss_ppm: 0, queue: queue.max(256 << 10) }
+    }
+}
+
+/// Packets that one direction delivered and lost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Delivered.
+    pub delivered: u64,
+    /// Lost by chance, cut or a full queue.
+    pub dropped: u64,
+}
+
+/// Two namespaces and the line between them; all of it is gone when this is dropped.
+#[derive(Debug)]
+pub struct Wan {
+    ends: [Child; 2],
+    line: Child,
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Wan {
+    /// The line; or `None`, after a line `SKIPPED test: why`, where the machine does not allow it.
+    ///
+    /// # Errors
+    /// It is allowed, but cannot be made.
+    ///
+    /// # Panics
+    /// In CI (`CI=true`), where nothing may be skipped.
+    pub fn start_or_skip(test: &str, profile: LineProfile) -> Result<Option<Self>> {
+        let root = std::fs::metadata("/proc/self")?.uid() == 0;
+        let ip = ["/sbin/ip", "/usr/sbin/ip", "/bin/ip"].iter().any(|path| Path::new(path).exists());
+        let tun = Path::new("/dev/net/tun").exists();
+        let why = match (root, ip, tun) {
+            (true, true, true) => match program("dwcp-wan") {
+                Ok(_) => return Wan::start(profile).map(Some),
+                Err(why) => why.to_string(),
+            },
+            (false, ..) => "network namespaces need root".to_owned(),
+            (_, false, _) => "no ip here: `apt-get install iproute2`".to_owned(),
+            (.., false) => "no /dev/net/tun here".to_owned(),
+        };
+        skip(test, &why);
+        Ok(None)
+    }
+
+    fn start(profile: LineProfile) -> Result<Self> {
+        let ends = [namespace(&["sleep", "infinity"])?.spawn()?, namespace(&["sleep", "infinity"])?.spawn()?];
+        for end in &ends {
+            let mine = std::fs::read_link("/proc/self/ns/net")?;
+            until("a network namespace", SETUP, || {
+                Ok(std::fs::read_link(namespace_of(end)).ok().filter(|theirs| *theirs != mine))
+            })?;
+        }
+        let line = program("dwcp-wan")?;
+        let mut line = namespace(&[&line.to_string_lossy()])?
+            .args(ends.iter().map(|end| end.id().to_string()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let commands = line.stdin.take().context("the line's standard input")?;
+        let answers = BufReader::new(line.stdout.take().context("the line's standard output")?);
+        let mut wan = Wan { ends, line, commands, answers };
+        ensure!(wan.answer()? == "ready", "the line between the namespaces is not there");
+        for end in End::ALL {
+            let (device, address) = (end.device(), format!("{}/30", end.address()));
+            wan.ip(end, &["link", "set", "lo", "up"])?;
+            wan.ip(end, &["link", "set", device, "mtu", "1500", "up"])?;
+            wan.ip(end, &["address", "add", &address, "dev", device])?;
+        }
+        wan.set(Direction::Both, profile)?;
+        Ok(wan)
+    }
+
+    /// The network namespace of an end, as `nsenter --net=` takes it.
+    pub fn namespace(&self, end: End) -> PathBuf {
+        namespace_of(self.child(end))
+    }
+
+    /// Gives a direction another nature, from the next packet on.
+    ///
+    /// # Errors
+    /// The line is gone.
+    pub fn set(&mut self, direction: Direction, profile: LineProfile) -> Result<()> {
+        let LineProfile { bits_per_second: rate, delay, loss_ppm: loss, queue } = profile;
+        let delay = delay.as_micros();
+        self.obey(&format!("set {direction} rate={rate} delay={delay} loss={loss} queue={queue}")).map(drop)
+    }
+
+    /// Lets packets vanish, those under way too; the ends are not told.
+    ///
+    /// # Errors
+    /// The line is gone.
+    pub fn cut(&mut self, direction: Direction) -> Result<()> {
+        self.obey(&format!("cut {direction}")).map(drop)
+    }
+
+    /// Ends a cut.
+    ///
+    /// # Errors
+    /// The line is gone.
+    pub fn mend(&mut self, direction: Direction) -> Result<()> {
+        self.obey(&format!("mend {direction}")).map(drop)
+    }
+
+    /// What was delivered and lost so far, `a` to `b` and back.
+    ///
+    /// # Errors
+    /// The line is gone.
+    pub fn count(&mut self) -> Result<[Count; 2]> {
+        let answer = self.obey("count")?;
+        let mut numbers = answer.split_whitespace().map(str::parse::<u64>);
+        let mut number = || numbers.next().context("a count is missing")?.context("a count is no number");
+        let mut count = || -> Result<Count> { Ok(Count { delivered: number()?, dropped: number()? }) };
+        Ok([count()?, count()?])
+    }
+
+    /// Runs `work` on a thread in an end's namespace. A socket that it makes stays there, whoever uses it.
+    ///
+    /// # Errors
+    /// `work`'s own; or the namespace cannot be entered.
+    pub fn within<T: Send>(&self, end: End, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        within(&self.namespace(end), work)
+    }
+
+    /// Runs `ip` in an end's namespace, such as `address del` to take its address away.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn ip(&self, end: End, arguments: &[&str]) -> Result<()> {
+        let status = entering(&self.namespace(end)).arg("ip").args(arguments).status()?;
+        ensure!(status.success(), "ip {arguments:?} ended with {status}");
+        Ok(())
+    }
+
+    fn child(&self, end: End) -> &Child {
+        match end {
+            End::A => &self.ends[0],
+            End::B => &self.ends[1],
+        }
+    }
+
+    fn obey(&mut self, command: &str) -> Result<String> {
+        writeln!(self.commands, "{command}").context("the line is gone")?;
+        let answer = self.answer()?;
+        let rest = answer.strip_prefix("ok").with_context(|| format!("{command}: {answer}"))?;
+        Ok(rest.trim().to_owned())
+    }
+
+    fn answer(&mut self) -> Result<String> {
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer).context("the line is gone")?;
+        Ok(answer.trim_end().to_owned())
+    }
+}
+
+impl Drop for Wan {
+    fn drop(&mut self) {
+        // The namespaces and all that is in them go with the processes that hold them.
+        for child in self.ends.iter_mut().chain([&mut self.line]) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Runs `work` on a thread in a network namespace.
+pub(crate) fn within<T: Send>(namespace: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let namespace = File::open(namespace)?;
+    std::thread::scope(|scope| {
+        let there = scope.spawn(move || {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+                .context("enter a network namespace")?;
+            work()
+        });
+        there.join().map_err(|_| anyhow!("the thread in the namespace panicked"))?
+    })
+}
+
+/// A command that runs in a network namespace, before its own words.
+pub(crate) fn entering(namespace: &Path) -> Command {
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net={}", namespace.display()));
+    command
+}
+
+/// A command in a network namespace of its own, which dies with the thread that starts it.
+fn namespace(words: &[&str]) -> Result<Command> {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "unshare", "--net"]).args(words).stdin(Stdio::null());
+    Ok(command)
+}
+
+fn namespace_of(process: &Child) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/ns/net", process.id()))
+}

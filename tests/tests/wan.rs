@@ -1,0 +1,95 @@
+//! The long line proves itself with plain TCP: rate, delay, loss, cut and mend.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, ensure};
+use dwcp_tests::{Direction, End, LineProfile, Wan};
+
+#[test]
+fn the_line_paces_and_delays() -> Result<()> {
+    let profile = LineProfile::new(80_000_000, Duration::from_millis(10));
+    let Some(mut wan) = Wan::start_or_skip("the_line_paces_and_delays", profile)? else { return Ok(()) };
+    let mut client = Client::new(&wan)?;
+
+    let start = Instant::now();
+    ensure!(client.round_trip(b"x")? == b"x");
+    let round_trip = start.elapsed();
+    ensure!((20..60).contains(&round_trip.as_millis()), "{round_trip:?} for a round trip of 20 ms");
+
+    // 2 MB each way at 10 MB/s: 0.2 s at best, and the ramp of TCP.
+    let start = Instant::now();
+    client.round_trip(&vec![7; 2_000_000])?;
+    let time = start.elapsed();
+    ensure!(time >= Duration::from_millis(200), "faster than the line: {time:?}");
+    ensure!(time < Duration::from_secs(5), "much slower than the line: {time:?}");
+    ensure!(wan.count()?[0].delivered > 1000);
+    Ok(())
+}
+
+#[test]
+fn what_is_cut_goes_on_once_it_is_mended() -> Result<()> {
+    let profile = LineProfile::new(0, Duration::from_millis(1));
+    let Some(mut wan) = Wan::start_or_skip("what_is_cut_goes_on_once_it_is_mended", profile)? else {
+        return Ok(());
+    };
+    let mut client = Client::new(&wan)?;
+    client.round_trip(b"before")?;
+    wan.cut(Direction::AToB)?;
+    client.0.write_all(b"during")?;
+    let dropped = dwcp_tests::until("lost packets", Duration::from_secs(10), || {
+        Ok(wan.count()?.first().map(|count| count.dropped).filter(|&dropped| dropped > 0))
+    })?;
+    wan.mend(Direction::AToB)?;
+    ensure!(client.receive(6)? == b"during", "TCP sends again what was lost ({dropped} packets)");
+    Ok(())
+}
+
+#[test]
+fn a_lossy_line_loses() -> Result<()> {
+    let profile = LineProfile { loss_ppm: 20_000, ..LineProfile::new(0, Duration::from_millis(1)) };
+    let Some(mut wan) = Wan::start_or_skip("a_lossy_line_loses", profile)? else { return Ok(()) };
+    let mut client = Client::new(&wan)?;
+    let sent = vec![3; 1_000_000];
+    ensure!(client.round_trip(&sent)? == sent, "TCP makes good what the line loses");
+    ensure!(wan.count()?.iter().all(|count| count.dropped > 0));
+    Ok(())
+}
+
+/// A connection from end `a` to an echo at end `b`.
+struct Client(TcpStream);
+
+impl Client {
+    fn new(wan: &Wan) -> Result<Self> {
+        let listener = wan.within(End::B, || Ok(TcpListener::bind((End::B.address(), 0))?))?;
+        let address = listener.local_addr()?;
+        // Ends when the client's side closes, or with the test.
+        std::thread::spawn(move || -> std::io::Result<()> {
+            let (mut from, _) = listener.accept()?;
+            std::io::copy(&mut from.try_clone()?, &mut from)?;
+            Ok(())
+        });
+        let stream = wan.within(End::A, || Ok(TcpStream::connect(address)?))?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        stream.set_nodelay(true)?;
+        Ok(Client(stream))
+    }
+
+    fn round_trip(&mut self, data: &[u8]) -> Result<Vec<u8>> {
+        let mut sender = self.0.try_clone()?;
+        // Beside the reading, since the sockets' buffers are smaller than the data.
+        std::thread::scope(|scope| {
+            let sending = scope.spawn(move || sender.write_all(data));
+            let received = self.receive(data.len());
+            sending.join().map_err(|_| anyhow!("the sender panicked"))??;
+            received
+        })
+    }
+
+    fn receive(&mut self, length: usize) -> Result<Vec<u8>> {
+        let mut data = vec![0; length];
+        self.0.read_exact(&mut data)?;
+        Ok(data)
+    }
+}
