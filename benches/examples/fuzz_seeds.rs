@@ -1,4 +1,6 @@
-//! Writes a small corpus for each fuzz target into `fuzz/corpus`, made by the product's own writers.
+//! Writes a small corpus for each fuzz target into `fuzz/corpus`, made by the product's own writers:
+//! `cargo run --release -p dwcp-benches --example fuzz_seeds`. It is built here, with the workspace, because the
+//! fuzz crate stands outside of it and would build everything once more.
 
 use std::path::Path;
 use std::{fs, io};
@@ -12,7 +14,7 @@ use dwcp_proto::{EncodedChunk, Lane, NodeKey, NodeName, PageVersion, Sealer, Ses
 use dwcp_vmm::sim::StreamWriter;
 
 fn main() -> io::Result<()> {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
     for (target, seeds) in [("stream_parse", streams()), ("chunk_decode", chunks()), ("frame", frames())] {
         let folder = corpus.join(target);
         fs::create_dir_all(&folder)?;
