@@ -122,7 +122,7 @@ mod tests {
     fn the_exit_status_says_who_has_to_act() {
         assert_eq!(exit(failure::BAD_REQUEST, Blame::Operator), Exit::BadRequest);
         assert_eq!(exit(failure::UNSUPPORTED, Blame::Operator), Exit::BadRequest);
-        assert_eq!(exit(failure::NOT_FOUND, Blame::Operator), Exit::Failed);
+        assert_eq!(exit(failure::UNKNOWN_MIGRATION, Blame::Operator), Exit::Failed);
         assert_eq!(exit("peer_unreachable", Blame::Link), Exit::Failed);
         assert_eq!(CtlError::from(tonic::Status::unavailable("")).exit, Exit::Unreachable);
     }

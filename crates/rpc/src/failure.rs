@@ -10,8 +10,8 @@ const TYPE_URL: &str = "type.googleapis.com/dwcp.agent.v1.Failure";
 
 /// Code of a failure: this version of the agent cannot do what was asked.
 pub const UNSUPPORTED: &str = "unsupported";
-/// Code of a failure: the agent knows no migration by this id.
-pub const NOT_FOUND: &str = "not_found";
+/// Code of a failure: there is no migration of this id.
+pub const UNKNOWN_MIGRATION: &str = "unknown_migration";
 /// Code of a failure: the request is not well formed.
 pub const BAD_REQUEST: &str = "bad_request";
 
@@ -45,7 +45,7 @@ pub fn from_status(status: &Status) -> Option<Failure> {
 fn code(failure: &Failure) -> Code {
     match (failure.code.as_str(), failure.blame()) {
         (UNSUPPORTED, _) => Code::Unimplemented,
-        (NOT_FOUND, _) => Code::NotFound,
+        (UNKNOWN_MIGRATION, _) => Code::NotFound,
         (BAD_REQUEST, _) => Code::InvalidArgument,
         (_, Blame::Operator | Blame::Vmm | Blame::PeerIncompatible) => Code::FailedPrecondition,
         (_, Blame::PeerMisbehaving) => Code::Aborted,

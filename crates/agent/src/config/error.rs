@@ -39,7 +39,9 @@ impl ConfigError {
         let mut out = path.display().to_string();
         match error.span() {
             // What is missing from the whole file has no line.
-            Some(span) if span.start > 0 || !message.starts_with("missing") => point_at(&mut out, text, span, &message),
+            Some(span) if span.start > 0 || !message.starts_with("missing") => {
+                point_at(&mut out, text, span, &message)
+            }
             _ => drop(write!(out, ": {message}")),
         }
         ConfigError::Wrong(out)

@@ -112,7 +112,7 @@ fn bad_values_are_refused_where_they_stand() {
         ("\"none\"\npaths", "\"gdb\"\npaths", ":31:10: ", "`none` or `ptrace`"),
         ("info,dwcp_link=debug", "loud", ":36:9: ", "expected error, warn, info, debug or trace"),
         ("[log]", "[logs]", ":34:2: ", "unknown key `logs`"),
-        ("[log]", "[log", ":34:", "log"),
+        ("[log]", "[log", ":34:5: ", "expected `]`"),
     ] {
         let error = error(from, to);
         let (first, _) = error.split_once('\n').unwrap_or((&error, ""));

@@ -155,7 +155,7 @@ pub struct ListRequest {}
 /// All migrations that the agent knows.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListResponse {
-    /// The most recently started first.
+    /// The running ones first, then by id.
     #[prost(message, repeated, tag = "1")]
     pub migrations: ::prost::alloc::vec::Vec<Status>,
 }
@@ -876,7 +876,8 @@ pub mod migrations_client {
                 .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "List"));
             self.inner.unary(req, path, codec).await
         }
-        /// Aborts a migration, with the guest at the source as it was. Fails with `too_late` once the handover has begun.
+        /// Aborts a migration, with the guest at the source as it was. Returns its status once it
+        /// has ended, or as it is when it can no longer be aborted: look at `phase`.
         pub async fn cancel(
             &mut self,
             request: impl tonic::IntoRequest<super::CancelRequest>,
@@ -1021,7 +1022,8 @@ pub mod migrations_server {
             &self,
             request: tonic::Request<super::ListRequest>,
         ) -> std::result::Result<tonic::Response<super::ListResponse>, tonic::Status>;
-        /// Aborts a migration, with the guest at the source as it was. Fails with `too_late` once the handover has begun.
+        /// Aborts a migration, with the guest at the source as it was. Returns its status once it
+        /// has ended, or as it is when it can no longer be aborted: look at `phase`.
         async fn cancel(
             &self,
             request: tonic::Request<super::CancelRequest>,

@@ -1,0 +1,289 @@
+//! Between the RPC's messages and the engine's types. What comes in is parsed once, here; an error names the field.
+
+use std::fmt::Display;
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use dwcp_migrate::spec::{
+    DEFAULT_DOWNTIME, IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm,
+};
+use dwcp_migrate::status::{Phase, Role, Status};
+use dwcp_migrate::{Blame, CheckReport, Failure, Gate};
+use dwcp_rpc::{failure, v1};
+
+use crate::allowed::Allowed;
+
+/// What may be asked for is bounded by these.
+#[derive(Debug, Clone)]
+pub(crate) struct Bounds {
+    /// Sockets that may be named.
+    pub(crate) paths: Allowed,
+    /// Bytes a second that one migration may take at most.
+    pub(crate) bandwidth: Option<NonZeroU64>,
+}
+
+/// A request to receive a VM.
+pub(crate) fn incoming(
+    request: &v1::PrepareIncomingRequest,
+    bounds: &Bounds,
+) -> Result<IncomingSpec, Failure> {
+    memory_file(&request.memory_file)?;
+    Ok(IncomingSpec {
+        vm: parse("vm", &request.vm)?,
+        vmm: vmm(request.vmm.as_ref(), &bounds.paths)?,
+        from: parse("from", &request.from)?,
+        on_abort: leave("on_abort", request.on_abort)?,
+    })
+}
+
+/// A request to move a VM.
+pub(crate) fn migrate(spec: Option<&v1::MigrateSpec>, bounds: &Bounds) -> Result<MigrateSpec, Failure> {
+    let spec = spec.ok_or_else(|| bad("spec", "missing"))?;
+    memory_file(&spec.memory_file)?;
+    let asked = NonZeroU64::new(spec.bandwidth_limit_bytes);
+    Ok(MigrateSpec {
+        vm: parse("vm", &spec.vm)?,
+        vmm: vmm(spec.vmm.as_ref(), &bounds.paths)?,
+        to: parse("to", &spec.to)?,
+        addr: parse("to_address", &spec.to_address)?,
+        path: match known::<v1::PathWish>("path", spec.path)? {
+            v1::PathWish::Auto => PathWish::Auto,
+            v1::PathWish::V1 => PathWish::V1,
+            v1::PathWish::V3 => PathWish::V3,
+        },
+        mode: match known::<v1::ModeWish>("mode", spec.mode)? {
+            v1::ModeWish::Auto => ModeWish::Auto,
+            v1::ModeWish::Internet => ModeWish::Internet,
+            v1::ModeWish::Datacenter => ModeWish::Datacenter,
+        },
+        downtime_limit: match spec.downtime_limit_ms {
+            0 => DEFAULT_DOWNTIME,
+            ms => Duration::from_millis(ms.into()),
+        },
+        bandwidth_limit: asked.into_iter().chain(bounds.bandwidth).min().map(NonZeroU64::get),
+        streams: match spec.streams {
+            0 => None,
+            n => Some(u16::try_from(n).map_err(|_| bad("streams", "more than 65535"))?),
+        },
+        source: match known::<v1::SourceWish>("source", spec.source)? {
+            v1::SourceWish::Auto => SourceWish::Auto,
+            v1::SourceWish::Direct => SourceWish::Direct,
+            v1::SourceWish::Stream => SourceWish::Stream,
+        },
+        verify_ram: spec.verify_ram,
+        shared_storage: spec.shared_storage,
+        on_success: leave("on_success", spec.on_success)?,
+        on_abort: leave("on_abort", spec.on_abort)?,
+        deadline: (spec.deadline_ms > 0).then(|| Duration::from_millis(spec.deadline_ms)),
+        id: match spec.id.as_str() {
+            "" => None,
+            id => Some(parse("id", id)?),
+        },
+    })
+}
+
+/// One field's text.
+pub(crate) fn parse<T: FromStr<Err: Display>>(field: &str, text: &str) -> Result<T, Failure> {
+    text.parse().map_err(|error: T::Err| bad(field, error))
+}
+
+fn vmm(vmm: Option<&v1::Vmm>, paths: &Allowed) -> Result<Vmm, Failure> {
+    match vmm.and_then(|vmm| vmm.kind.as_ref()) {
+        Some(v1::vmm::Kind::QmpPath(path)) => Ok(Vmm::Qmp(paths.resolve(Path::new(path))?)),
+        Some(v1::vmm::Kind::RelayPath(path)) => Ok(Vmm::Relay(paths.resolve(Path::new(path))?)),
+        None => Err(bad("vmm", "neither qmp_path nor relay_path is set")),
+    }
+}
+
+fn memory_file(path: &str) -> Result<(), Failure> {
+    match path {
+        "" => Ok(()),
+        _ => Err(unsupported(
+            "this version does not read file-backed RAM (memory_file)",
+            "leave --memory-file out: the pages then come from the VMM's migration stream",
+        )),
+    }
+}
+
+fn leave(field: &str, number: i32) -> Result<Leave, Failure> {
+    Ok(match known::<v1::Leave>(field, number)? {
+        v1::Leave::AsIs => Leave::Leave,
+        v1::Leave::Quit => Leave::Quit,
+    })
+}
+
+/// A choice that a newer client knows and this agent does not is refused, never taken for the default.
+fn known<E: TryFrom<i32>>(field: &str, number: i32) -> Result<E, Failure> {
+    E::try_from(number).map_err(|_| {
+        unsupported(
+            &format!("{field} has the value {number}, which this version does not know"),
+            "update the agent",
+        )
+    })
+}
+
+/// A failure: this version cannot do that.
+pub(crate) fn unsupported(message: &str, hint: &str) -> Failure {
+    Failure::new(failure::UNSUPPORTED, Blame::Operator, message, hint)
+}
+
+fn bad(field: &str, what: impl Display) -> Failure {
+    Failure::new(failure::BAD_REQUEST, Blame::Operator, format!("{field}: {what}"), "")
+}
+
+/// A failure, in the status of a failed call.
+pub(crate) fn refusal(failure: Failure) -> tonic::Status {
+    failure::to_status(&failure_message(failure))
+}
+
+/// A failure.
+pub(crate) fn failure_message(failure: Failure) -> v1::Failure {
+    let blame = match failure.blame {
+        Blame::Operator => v1::Blame::Operator,
+        Blame::Vmm => v1::Blame::Vmm,
+        Blame::PeerIncompatible => v1::Blame::PeerIncompatible,
+        Blame::PeerMisbehaving => v1::Blame::PeerMisbehaving,
+        Blame::Link => v1::Blame::Link,
+        Blame::Local => v1::Blame::Local,
+    };
+    v1::Failure { code: failure.code, blame: blame.into(), message: failure.message, hint: failure.hint }
+}
+
+/// What the preflight found.
+pub(crate) fn check_report(report: CheckReport) -> v1::CheckReport {
+    v1::CheckReport {
+        ok: report.ok,
+        problems: report.problems.into_iter().map(failure_message).collect(),
+        notes: report.notes,
+        path: report.path,
+        mode: report.mode,
+        rtt_ms: report.rtt_ms,
+    }
+}
+
+/// A migration's status.
+pub(crate) fn status(s: Status) -> v1::Status {
+    let role = match s.role {
+        Role::Source => v1::Role::Source,
+        Role::Destination => v1::Role::Destination,
+    };
+    let phase = match s.phase {
+        Phase::Preparing => v1::Phase::Preparing,
+        Phase::Connecting => v1::Phase::Connecting,
+        Phase::Precopy => v1::Phase::Precopy,
+        Phase::Switchover => v1::Phase::Switchover,
+        Phase::Handover => v1::Phase::Handover,
+        Phase::InDoubt => v1::Phase::InDoubt,
+        Phase::Completed => v1::Phase::Completed,
+        Phase::Aborted => v1::Phase::Aborted,
+        Phase::Failed => v1::Phase::Failed,
+    };
+    v1::Status {
+        id: s.id.into(),
+        vm: s.vm.into(),
+        role: role.into(),
+        peer: s.peer.into(),
+        phase: phase.into(),
+        status: s.status,
+        path: s.path,
+        mode: s.mode,
+        source: s.source,
+        sink: s.sink,
+        encryption: s.encryption,
+        path_switches: s.path_switches,
+        fallback_reasons: s.fallback_reasons,
+        total_seconds: s.total_seconds,
+        downtime_ms: s.downtime_ms,
+        downtime_method: s.downtime_method,
+        raw_bytes: s.raw_bytes,
+        wire_bytes: s.wire_bytes,
+        saved_ratio: s.saved_ratio,
+        guest_bytes: s.guest_bytes,
+        rounds: s.rounds,
+        chunks: s.chunks,
+        retransmitted_chunks: s.retransmitted_chunks,
+        reconnects: s.reconnects,
+        agent_peak_anon_bytes: s.agent_peak_anon_bytes,
+        progress: Some(v1::Progress {
+            fraction: s.progress.fraction,
+            remaining_bytes: s.progress.remaining_bytes,
+            wire_rate: s.progress.wire_rate,
+            eta_seconds: s.progress.eta_seconds,
+            dirty_rate: s.progress.dirty_rate,
+        }),
+        error: s.error.map(failure_message),
+    }
+}
+
+/// The flag's verdict, and where it comes from.
+pub(crate) fn gate(gate: &Gate, from: String) -> v1::Gate {
+    v1::Gate {
+        source: gate.source,
+        veto: gate.veto,
+        reason: gate.reason.clone(),
+        from,
+        epoch_incarnation: gate.epoch.0,
+        epoch_counter: gate.epoch.1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bounds(bandwidth: Option<u64>) -> Bounds {
+        Bounds { paths: Allowed::new(Vec::new()), bandwidth: bandwidth.and_then(NonZeroU64::new) }
+    }
+
+    fn spec() -> v1::MigrateSpec {
+        v1::MigrateSpec {
+            vm: "web-1".to_owned(),
+            vmm: Some(v1::Vmm { kind: Some(v1::vmm::Kind::QmpPath("/run/q".to_owned())) }),
+            to: "hv-02".to_owned(),
+            to_address: "192.0.2.2:7400".to_owned(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_is_absent_takes_its_default() {
+        let spec = migrate(Some(&spec()), &bounds(None)).unwrap();
+        assert_eq!(spec.downtime_limit, DEFAULT_DOWNTIME);
+        assert_eq!((spec.bandwidth_limit, spec.streams, spec.deadline, spec.id), (None, None, None, None));
+    }
+
+    #[test]
+    fn the_nodes_bandwidth_can_be_lowered_and_not_raised() {
+        for (asked, node, allowed) in [
+            (0, None, None),
+            (5, None, Some(5)),
+            (0, Some(7), Some(7)),
+            (5, Some(7), Some(5)),
+            (9, Some(7), Some(7)),
+        ] {
+            let request = v1::MigrateSpec { bandwidth_limit_bytes: asked, ..spec() };
+            assert_eq!(migrate(Some(&request), &bounds(node)).unwrap().bandwidth_limit, allowed);
+        }
+    }
+
+    #[test]
+    fn a_bad_field_is_named() {
+        let refused = |spec: v1::MigrateSpec| migrate(Some(&spec), &bounds(None)).unwrap_err();
+        for (spec, code, expected) in [
+            (v1::MigrateSpec { vm: "a/b".to_owned(), ..spec() }, "bad_request", "vm: "),
+            (v1::MigrateSpec { vmm: None, ..spec() }, "bad_request", "vmm: "),
+            (v1::MigrateSpec { to_address: "hv-02:1".to_owned(), ..spec() }, "bad_request", "to_address: "),
+            (v1::MigrateSpec { streams: 65_536, ..spec() }, "bad_request", "streams: "),
+            (v1::MigrateSpec { id: "-".to_owned(), ..spec() }, "bad_request", "id: "),
+            (v1::MigrateSpec { path: 9, ..spec() }, "unsupported", "path has the value 9"),
+            (v1::MigrateSpec { memory_file: "/ram".to_owned(), ..spec() }, "unsupported", "memory_file"),
+        ] {
+            let failure = refused(spec);
+            assert_eq!(failure.code, code, "{failure}");
+            assert!(failure.message.contains(expected), "{failure}");
+        }
+        assert!(migrate(None, &bounds(None)).is_err());
+    }
+}
