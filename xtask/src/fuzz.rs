@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::run::{bounded, installed, output, root, run};
+use crate::run::{bounded, cargo, installed, output, root, run};
 use crate::tools::{FUZZ, with_tools};
 
 /// For building the targets.
@@ -23,6 +23,10 @@ pub(crate) fn fuzz(seconds: u64) -> Result<()> {
         return Ok(());
     }
     FUZZ.ensure()?;
+    // So that a short run begins with real streams, chunks and frames.
+    let mut seeds = cargo(BUILD);
+    seeds.args(["run", "--quiet", "--release", "--package", "dwcp-benches", "--example", "fuzz_seeds"]);
+    run(&mut seeds)?;
     for target in output(with_tools(nightly(BUILD).args(["fuzz", "list"]))?)?.lines() {
         println!("fuzz {target}: {seconds} s");
         let mut command = nightly(BUILD + Duration::from_secs(seconds));
