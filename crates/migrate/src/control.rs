@@ -10,7 +10,7 @@ use dwcp_link::{Reader, Writer};
 use dwcp_proto::limits::MAX_CONTROL;
 use dwcp_proto::message::{Ack, Body, Ping, Purpose};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{debug, info};
 
 use crate::counters::Counters;
@@ -24,6 +24,8 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(4);
 /// Between two attempts to connect again: data flows again well within a second of the link's return.
 pub(crate) const RETRY: Duration = Duration::from_millis(200);
+/// Between two acknowledgements: each costs both ends a record of TLS, and a window of two milliseconds is small everywhere.
+const ACK_PAUSE: Duration = Duration::from_millis(2);
 /// Messages that may wait for the connection; more than a handover and a few refusals never come together.
 const QUEUE: usize = 64;
 
@@ -61,7 +63,7 @@ impl Control {
         session: Arc<Session>,
         first: (Reader, Writer),
         origin: Origin,
-        acks: watch::Receiver<Ack>,
+        acks: Option<watch::Receiver<Ack>>,
         counters: Arc<Counters>,
     ) -> (Control, mpsc::Receiver<Event>, impl Future<Output = ()> + Send) {
         let (out, messages) = mpsc::channel(QUEUE);
@@ -81,7 +83,8 @@ struct Server {
     session: Arc<Session>,
     messages: mpsc::Receiver<Body>,
     events: mpsc::Sender<Event>,
-    acks: watch::Receiver<Ack>,
+    /// What to acknowledge; at the destination only.
+    acks: Option<watch::Receiver<Ack>>,
     counters: Arc<Counters>,
     started: Instant,
 }
@@ -169,9 +172,11 @@ impl Server {
         tokio::pin!(read);
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Acknowledgements are state, not events: the newest is all the peer needs.
-        self.acks.mark_changed();
-        let mut acks_open = true;
+        // Acknowledgements are state, not events: the newest is all the peer needs, and on a new connection it needs it.
+        if let Some(acks) = &mut self.acks {
+            acks.mark_changed();
+        }
+        let mut last_ack = Instant::now();
         loop {
             let body = tokio::select! {
                 error = &mut read => return error,
@@ -180,10 +185,10 @@ impl Server {
                     Some(body) => body,
                     None => return None,
                 },
-                changed = self.acks.changed(), if acks_open => match changed {
-                    Ok(()) => Body::Ack(*self.acks.borrow_and_update()),
-                    Err(_) => { acks_open = false; continue }
-                },
+                ack = next_ack(&mut self.acks, last_ack) => {
+                    last_ack = Instant::now();
+                    Body::Ack(ack)
+                }
                 _ = heartbeat.tick() => {
                     Body::Ping(Ping { token: self.started.elapsed().as_micros() as u64 })
                 }
@@ -199,6 +204,17 @@ impl Server {
             }
         }
     }
+}
+
+/// The newest acknowledgement, once it has changed and the last one is a moment old.
+async fn next_ack(acks: &mut Option<watch::Receiver<Ack>>, last: Instant) -> Ack {
+    let Some(watched) = acks else { return std::future::pending().await };
+    if watched.changed().await.is_err() {
+        return std::future::pending().await;
+    }
+    watched.mark_changed();
+    sleep_until((last + ACK_PAUSE).into()).await;
+    *watched.borrow_and_update()
 }
 
 async fn read_all(

@@ -1,6 +1,6 @@
 //! Journals on disk: one file a migration and side, appended and synced; the format is `dwcp_proto::journal`'s.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -115,6 +115,8 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use dwcp_proto::handover::AbortReason;
     use dwcp_proto::journal::replay;

@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tracing::info;
 
-use super::{Incoming, sink_failure};
+use super::{Arrived, Incoming, sink_failure};
 use crate::error::{Blame, Failure};
 use crate::handshake::Arrival;
 use crate::wire::WireError;
@@ -25,7 +25,7 @@ pub(crate) async fn receive(
     mut arrivals: mpsc::Receiver<Arrival>,
     mut sink: UnixStream,
     acks: &watch::Sender<Ack>,
-) -> Result<(Transfer, UnixStream), Failure> {
+) -> Result<Arrived, Failure> {
     let mut connection: Option<(Reader, _)> = None;
     let mut applied = 0;
     let mut buffer = BytesMut::with_capacity(BUFFER);
@@ -33,7 +33,8 @@ pub(crate) async fn receive(
         if let Some(length) = *end.borrow_and_update() {
             if applied == length {
                 let root = bytes_root(&incoming.session.id, length);
-                return Ok((Transfer { stream_len: length, root }, sink));
+                let transfer = Transfer { stream_len: length, root };
+                return Ok(Arrived { transfer, _sink: sink, _connections: Box::new(connection) });
             }
             if applied > length {
                 let text = format!("{applied} bytes came of a stream of {length}");

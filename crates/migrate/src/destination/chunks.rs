@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use super::{Incoming, sink_failure};
+use super::{Arrived, Incoming, sink_failure};
 use crate::control::Control;
 use crate::error::{Blame, Failure};
 use crate::handshake::Arrival;
@@ -53,7 +53,7 @@ pub(crate) async fn receive(
     mut arrivals: mpsc::Receiver<Arrival>,
     mut sink: UnixStream,
     acks: &watch::Sender<Ack>,
-) -> Result<(Transfer, UnixStream), Failure> {
+) -> Result<Arrived, Failure> {
     let session = incoming.session.clone();
     let receiver = Arc::new(Mutex::new(Receiver::new(session.id, session.choice.window)));
     let verifier = Verifier::new(session.id, session.peer.clone());
@@ -89,7 +89,7 @@ pub(crate) async fn receive(
                 }
                 refusals.retain(|seq, _| *seq >= lock(&receiver).next());
                 if let Some(transfer) = apply(&receiver, &mut ready, &mut sink, &incoming, acks).await? {
-                    return Ok((transfer, sink));
+                    return Ok(Arrived { transfer, _sink: sink, _connections: Box::new(links) });
                 }
             }
             event = events.recv() => match event {

@@ -111,7 +111,8 @@ async fn attempt(
     let (rejoins_tx, rejoins) = mpsc::channel(ARRIVALS);
     let counters = report.counters.clone();
     let origin = Origin::Accept(rejoins, acks_tx.subscribe());
-    let (control, events, server) = Control::start(session.clone(), first, origin, acks, counters.clone());
+    let (control, events, server) =
+        Control::start(session.clone(), first, origin, Some(acks), counters.clone());
     let server = tokio::spawn(server);
     let accepted = Accepted {
         job: Job {
@@ -144,7 +145,7 @@ async fn attempt(
         guest,
         control,
         incoming,
-        acks: Some(acks_tx),
+        acks: acks_tx,
         rejoins: rejoins_tx,
         data: None,
         stream_end: watch::Sender::new(None),
@@ -162,7 +163,14 @@ async fn attempt(
     Ok(())
 }
 
-type Received = Result<(Transfer, UnixStream), Failure>;
+/// Everything was given to the VMM.
+struct Arrived {
+    transfer: Transfer,
+    /// The VMM's socket: it stays open until the VMM has taken what is in it.
+    _sink: UnixStream,
+    /// The data connections: closed before the source knows that it is done, they would look lost to it.
+    _connections: Box<dyn Send>,
+}
 
 /// The state of a migration that has a session.
 struct Run {
@@ -173,17 +181,15 @@ struct Run {
     guest: Arc<Guest>,
     control: Control,
     incoming: Incoming,
-    /// Taken by the data path.
-    acks: Option<watch::Sender<Ack>>,
+    acks: watch::Sender<Ack>,
     rejoins: mpsc::Sender<Arrival>,
     data: Option<mpsc::Sender<Arrival>>,
     /// The length of the v1 stream, once the source has told it.
     stream_end: watch::Sender<Option<u64>>,
     /// The last ticket of each connection: none is taken twice.
     tickets: HashMap<(Purpose, u32), u64>,
-    transport: JoinSet<Received>,
-    /// Everything was given to the VMM; its socket stays open until it has ended by itself.
-    arrived: Option<(Transfer, UnixStream)>,
+    transport: JoinSet<Result<Arrived, Failure>>,
+    arrived: Option<Arrived>,
     whole: bool,
     failure: Option<Failure>,
     outcome: Option<Outcome>,
@@ -326,14 +332,12 @@ impl Run {
         self.data = Some(data_tx);
         let (incoming, control, end) =
             (self.incoming.clone(), self.control.clone(), self.stream_end.subscribe());
-        let Some(acks) = self.acks.take() else { return Ok(()) };
+        let acks = self.acks.clone();
         self.transport.spawn(async move {
-            let received = match incoming.session.path {
+            match incoming.session.path {
                 Path::V3 => chunks::receive(incoming, control, data, sink, &acks).await,
                 Path::V1 => bytes::receive(incoming, end, data, sink, &acks).await,
-            };
-            // The control task may still have to tell the last of it.
-            received.inspect(|_| drop(acks))
+            }
         });
         self.report.set(|s| s.phase = Phase::Precopy);
         self.pilot.note("receiving", "").await;
@@ -420,8 +424,9 @@ impl Run {
 
     /// Whole: all was given to the VMM, and it says `completed` and stands paused.
     async fn whole_if_so(&mut self) {
-        let Some((transfer, _)) = self.arrived.as_ref().filter(|_| !self.whole) else { return };
-        let transfer = *transfer;
+        let Some(transfer) = self.arrived.as_ref().filter(|_| !self.whole).map(|a| a.transfer) else {
+            return;
+        };
         let qemu = &self.guest.qemu;
         let (Ok(info), Ok(state)) = (qemu.migration().await, qemu.run_state().await) else { return };
         if info.status != Some(MigrationStatus::Completed) || state == RunState::InMigrate {

@@ -34,7 +34,23 @@ pub(crate) async fn send(
     let mut ticket = 0;
     loop {
         ticket += 1;
-        let joined = ring.out.dialler.join(&ring.out.session, Purpose::Bytes, 0, ticket).await;
+        let (dialler, session) = (ring.out.dialler.clone(), ring.out.session.clone());
+        let join = async {
+            if ticket > 1 {
+                sleep(RETRY).await;
+            }
+            dialler.join(&session, Purpose::Bytes, 0, ticket).await
+        };
+        tokio::pin!(join);
+        let joined = loop {
+            if let Some(transfer) = ring.delivered() {
+                return Ok(transfer);
+            }
+            tokio::select! {
+                joined = &mut join => break joined,
+                said = peer.recv() => ring.hear(said, &control).await?,
+            }
+        };
         let error = match joined {
             Ok((reader, writer, _, joined)) => {
                 ring.rewind(joined.applied)?;
@@ -52,7 +68,6 @@ pub(crate) async fn send(
             return Err(error.failure());
         }
         info!(%error, "v1 connection lost or not made");
-        sleep(RETRY).await;
     }
 }
 
@@ -98,6 +113,30 @@ impl Ring {
     fn has_room(&self) -> bool {
         let held = self.end - self.applied;
         held == 0 || held < self.pace.target().min(self.out.session.choice.window)
+    }
+
+    /// The whole transfer, once the destination has applied all of it.
+    fn delivered(&self) -> Option<Transfer> {
+        let root = || bytes_root(&self.out.session.id, self.end);
+        (self.ended && self.applied == self.end).then(|| Transfer { stream_len: self.end, root: root() })
+    }
+
+    async fn hear(&mut self, said: Option<FromPeer>, control: &Control) -> Result<(), Failure> {
+        match said {
+            Some(FromPeer::Ack(Ack { applied, .. })) => {
+                let rtt = self.out.counters.rtt_us.load();
+                if rtt > 0 {
+                    self.pace.round_trip(Duration::from_micros(rtt));
+                }
+                self.trim(applied)?;
+            }
+            Some(FromPeer::Up) if self.ended => {
+                control.say(Body::StreamEnd(StreamEnd { length: self.end })).await;
+            }
+            Some(FromPeer::Up | FromPeer::Nack(_)) => {}
+            None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
+        }
+        Ok(())
     }
 
     /// The destination has applied everything before `applied`.
@@ -161,11 +200,8 @@ impl Ring {
         tokio::pin!(silence);
         let mut flushed = true;
         loop {
-            if self.ended && self.applied == self.end {
-                return Ok(Carried::All(Transfer {
-                    stream_len: self.end,
-                    root: bytes_root(&self.out.session.id, self.end),
-                }));
+            if let Some(transfer) = self.delivered() {
+                return Ok(Carried::All(transfer));
             }
             let unwritten = self.unwritten();
             let has_room = self.has_room() && !self.ended;
@@ -198,20 +234,7 @@ impl Ring {
                         control.say(Body::StreamEnd(StreamEnd { length: self.end })).await;
                     }
                 },
-                said = peer.recv() => match said {
-                    Some(FromPeer::Ack(Ack { applied, .. })) => {
-                        let rtt = self.out.counters.rtt_us.load();
-                        if rtt > 0 {
-                            self.pace.round_trip(Duration::from_micros(rtt));
-                        }
-                        self.trim(applied)?;
-                    }
-                    Some(FromPeer::Up) if self.ended => {
-                        control.say(Body::StreamEnd(StreamEnd { length: self.end })).await;
-                    }
-                    Some(FromPeer::Up | FromPeer::Nack(_)) => {}
-                    None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
-                },
+                said = peer.recv() => self.hear(said, control).await?,
                 error = &mut silence => return Ok(Carried::Until(error)),
             }
         }

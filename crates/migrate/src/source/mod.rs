@@ -137,11 +137,10 @@ async fn attempt(
 
     let journal =
         Journal::create(&shared.config.state_dir, id, Side::Source).await.map_err(journal_failure)?;
-    let (_acks, acks) = watch::channel(Ack::default());
     let counters = report.counters.clone();
     let first = (reader, writer);
     let (control, events, server) =
-        Control::start(session.clone(), first, Origin::Dial(dialler.clone()), acks, counters.clone());
+        Control::start(session.clone(), first, Origin::Dial(dialler.clone()), None, counters.clone());
     let server = tokio::spawn(server);
     let prepared = Prepared {
         job: Job {
