@@ -1,7 +1,7 @@
 //! Logs to standard error, where systemd and containers pick them up. Every line of a migration carries its id: the
 //! engine opens a span `migration{id=...}`.
 //!
-//! `DWCP_LOG` (levels, as `[log] level`) and `DWCP_LOG_FORMAT` (`text`, `json`) override the configuration.
+//! `RUST_LOG` (levels, as `[log] level`) and `DWCP_LOG_FORMAT` (`text`, `json`) override the configuration.
 
 use std::io::IsTerminal;
 
@@ -13,7 +13,7 @@ use crate::config::{Log, LogFormat};
 
 /// Starts logging. To be called once.
 pub(crate) fn start(log: &Log) {
-    let levels = std::env::var("DWCP_LOG").unwrap_or_else(|_| log.level.0.clone());
+    let levels = std::env::var("RUST_LOG").unwrap_or_else(|_| log.level.0.clone());
     let format = match std::env::var("DWCP_LOG_FORMAT").as_deref() {
         Ok("json") => LogFormat::Json,
         Ok("text") => LogFormat::Text,
