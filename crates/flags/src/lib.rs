@@ -1,1 +1,38 @@
-//! (being laid)
+//! The feature flag as a node sees it: may this migration use v3?
+//!
+//! ```text
+//!  bytes --FlagDocument::parse()--> FlagDocument --FlagState::apply()--> FlagState --decide()--> Reason --path()--> Path
+//!                                                   ^ epoch rule          ^ now: Moment, breaker, peer
+//! ```
+//!
+//! - [`FlagDocument`]: what the operator wrote, or a server served.
+//! - [`bucket`]: where a node stands in a percentage.
+//! - [`Lease`]: for how long an answer of a server holds.
+//! - [`FlagState`]: what this node knows at the moment. It starts in v1, and what it read from its disk can only restrict.
+//! - [`Reason`]: the decision with its cause; the path follows from it, so the two cannot differ.
+//!
+//! There is no I/O, no clock and no randomness here: bytes and times come in as arguments.
+
+mod bucket;
+mod document;
+mod lease;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use bucket::bucket;
+pub use document::{BadDocument, Epoch, Fault, FlagDocument, OnStale, Percentage};
+pub use lease::{LEASE, Lease, Moment};
+pub use state::{Absence, Applied, Conditions, FlagState, Path, Reason, Refusal, Scope, Source};
+
+/// The flag that the agent obeys.
+pub const FEATURE: &str = "dwcp_v3_hde";
+
+/// Bytes of a flag document: room for the longest lists of the longest names.
+pub const MAX_DOCUMENT: usize = 1 << 20;
+
+/// Nodes in one list of a document. Twice as many as this with 64 characters each, quoted, fit into [`MAX_DOCUMENT`].
+pub const MAX_NODES: usize = 6_000;
+
+/// Characters of a node's name, as everywhere in DWCP.
+pub const MAX_NODE_NAME: usize = 64;
