@@ -268,6 +268,9 @@ impl Destination {
                 self.phase = DestinationPhase::Arming;
                 self.command(VmmCommand::StopWhileIncoming);
             }
+            (Write::Accepted, DestinationPhase::Preparing) => self.forget(AbortReason::JournalFailed),
+            (Write::Accepted, DestinationPhase::Dropping) if ok => self.promise(),
+            (Write::Accepted, DestinationPhase::Dropping) => self.forget(self.reason),
             (Write::Receipt, DestinationPhase::Signing) if ok => {
                 self.phase = DestinationPhase::InDoubt;
                 self.send_receipt();
@@ -277,10 +280,10 @@ impl Destination {
                 self.command(VmmCommand::Cont);
             }
             (Write::Starting, DestinationPhase::Starting { run: false }) if ok => self.moved(false),
-            (
-                Write::Accepted | Write::Receipt | Write::Starting,
-                DestinationPhase::Preparing | DestinationPhase::Signing | DestinationPhase::Starting { .. },
-            ) => self.drop_guest(AbortReason::JournalFailed),
+            (Write::Receipt, DestinationPhase::Signing)
+            | (Write::Starting, DestinationPhase::Starting { .. }) => {
+                self.drop_guest(AbortReason::JournalFailed)
+            }
             (Write::Promise, DestinationPhase::Dropping) => {
                 self.promised = ok;
                 if !ok {
@@ -322,9 +325,7 @@ impl Destination {
                 Ok(Handled::Taken)
             }
             // The word that it answers came from a life before this one.
-            Message::Settled if self.phase == DestinationPhase::Dropping => {
-                Ok(Handled::Ignored(Ignored::Ending))
-            }
+            Message::Settled => Ok(Handled::Ignored(Ignored::Late)),
             _ => self.violation(&message),
         }
     }
@@ -334,10 +335,8 @@ impl Destination {
             DestinationPhase::InDoubt if self.receipt.is_none_or(|r| r.digest() != digest) => {
                 return self.violation(message);
             }
-            DestinationPhase::InDoubt if self.unknown => {
-                self.held_commit = Some(run);
-                self.command(VmmCommand::Query);
-            }
+            // `recover` has asked the VMM.
+            DestinationPhase::InDoubt if self.unknown => self.held_commit = Some(run),
             DestinationPhase::InDoubt => self.start(run),
             DestinationPhase::Starting { .. }
             | DestinationPhase::Resuming
@@ -419,7 +418,11 @@ impl Destination {
                 self.drop_guest(AbortReason::VmmGoneDestination)
             }
             DestinationPhase::Resuming | DestinationPhase::StartRefused => self.lost(),
-            DestinationPhase::Dropping if !self.writes.contains(&Write::Promise) => self.dropped_if_safe(),
+            DestinationPhase::Dropping
+                if !self.writes.iter().any(|w| matches!(w, Write::Accepted | Write::Promise)) =>
+            {
+                self.dropped_if_safe();
+            }
             DestinationPhase::Dropped => self.close(),
             DestinationPhase::Dropping => {}
             DestinationPhase::Moved => return Ok(Handled::Ignored(Ignored::Ended)),
@@ -545,7 +548,18 @@ impl Destination {
     fn drop_guest(&mut self, reason: AbortReason) {
         self.phase = DestinationPhase::Dropping;
         self.reason = reason;
-        self.promise();
+        // Nothing may follow `accepted` before it is known to be there.
+        if !self.writes.contains(&Write::Accepted) {
+            self.promise();
+        }
+    }
+
+    /// Ends without a journal: its first line could not be written, so the VMM is untouched.
+    fn forget(&mut self, reason: AbortReason) {
+        self.phase = DestinationPhase::Dropped;
+        self.reason = reason;
+        self.send_word();
+        self.finish(self.dropped_outcome());
     }
 
     fn promise(&mut self) {

@@ -62,8 +62,8 @@
 //!   the policy says.
 //! - `cont` *refused* (an error from a VMM that stands paused) is not "may have run": the machine waits in
 //!   [`StartRefused`](DestinationPhase::StartRefused) for a retry; a deadline or cancel there gives the guest back with
-//!   `NeverRan`. After a restart with `starting` in the journal that is no longer certain (the `cont` of the life
-//!   before may still be in the VMM's socket), so then only a retry or an operator helps. A VMM that dies after
+//!   `NeverRan`. After a restart with `starting` in the journal that is no longer certain (the life before may
+//!   have run the guest, and an I/O error or an operator paused it since), so then only a retry or an operator helps. A VMM that dies after
 //!   `cont` was issued ends in `Lost`, never in `NeverRan`.
 //!
 //! # Invariants
@@ -74,7 +74,7 @@
 //! 4. From every state a fair network and live VMMs lead to one running guest and two ended machines.
 //! 5. Every state is named, each input is taken, ignored with a reason ([`Ignored`]) or refused by name ([`Refused`]).
 //!
-//! `tests/handover_model.rs` checks them exhaustively.
+//! `tests/handover_model` checks them exhaustively.
 //!
 //! # Contract with the driver
 //! - Actions are carried out in order. [`Action::Journal`] is answered by `Journaled` or `JournalFailed`, in the order of the
@@ -214,7 +214,7 @@ pub enum VmmCommand {
     Cont,
     /// QMP `announce-self`. No answer.
     AnnounceSelf,
-    /// Answer the state.
+    /// Answer the state, as soon as the VMM can be asked.
     Query,
     /// End the VMM. [`VmmState::Gone`] once the process has ended.
     Quit,

@@ -271,7 +271,13 @@ impl Source {
                 self.phase = SourcePhase::Migrating;
                 self.command(VmmCommand::StartMigration);
             }
-            (Write::Prepared, SourcePhase::Preparing) => self.abort_now(AbortReason::JournalFailed),
+            (Write::Prepared, SourcePhase::Preparing) => {
+                self.reason = AbortReason::JournalFailed;
+                self.send(Message::Abort(self.reason));
+                self.forget();
+            }
+            (Write::Prepared, SourcePhase::Aborted) if ok => self.write_aborted(self.reason),
+            (Write::Prepared, SourcePhase::Aborted) => self.forget(),
             (Write::Commit, SourcePhase::Committing) if ok || self.gone => {
                 self.phase = SourcePhase::Committed;
                 self.send_commit();
@@ -559,10 +565,21 @@ impl Source {
         if !self.settled {
             self.send(Message::Abort(reason));
         }
+        if self.phase == SourcePhase::Preparing && !self.writes.is_empty() {
+            // Nothing may follow `prepared` before it is known to be there; the VMM is untouched.
+            self.phase = SourcePhase::Aborted;
+            return;
+        }
         // The VMM's command goes first: it must not wait behind a slow disk.
         self.writes.push_back(Write::Aborted);
         self.restore();
         self.actions.push_back(Action::Journal(Entry::Aborted { reason }));
+    }
+
+    /// Ends without a journal: its first line could not be written, so the VMM is untouched.
+    fn forget(&mut self) {
+        self.phase = SourcePhase::Aborted;
+        self.finish(Outcome::Aborted(self.reason));
     }
 
     /// Takes back a commit that may be on disk, or even on the wire.

@@ -1,4 +1,4 @@
-//! The rules one by one. `tests/handover_model.rs` holds all interleavings against the invariants.
+//! The rules one by one. `tests/handover_model` holds all interleavings against the invariants.
 
 use super::*;
 use crate::ids::{MigrationId, NodeName, SessionId, VmName};
@@ -205,7 +205,7 @@ fn a_guest_that_somebody_paused_meanwhile_stays_paused() {
 fn an_untouched_vmm_is_not_commanded() {
     let mut source = Source::new(prepared(true));
     source.drain();
-    let actions = source.take(&[JournalFailed, JournalFailed, JournalFailed]);
+    let actions = source.take(&[JournalFailed]);
     assert!(!actions.iter().any(|a| matches!(a, Vmm(_))), "{actions:?}");
     assert_eq!(actions.last(), Some(&Finish(Outcome::Aborted(AbortReason::JournalFailed))));
 }
@@ -425,7 +425,7 @@ fn a_commit_waits_until_an_unknown_vmm_has_shown_its_state() {
     let entries = [Entry::Accepted(accepted().into()), Entry::Receipt(WHOLE)];
     let mut destination = Destination::recover(&entries, None).unwrap();
     assert_eq!(destination.drain(), [Vmm(VmmCommand::Query)]);
-    assert_eq!(destination.take(&[Input::Message(commit(true))]), [Vmm(VmmCommand::Query)]);
+    assert_eq!(destination.take(&[Input::Message(commit(true))]), []);
     assert_eq!(destination.take(&[Input::Vmm(VmmState::Paused)]), [Journal(Entry::Starting { run: true })]);
 }
 
