@@ -6,6 +6,7 @@
 use dwcp_hde::testing::SegmentBuilder;
 use dwcp_proto::Segment;
 use dwcp_proto::limits::PAGE_SIZE;
+use dwcp_vmm::sim::StreamWriter;
 
 /// A page of guest memory.
 pub type Page = [u8; PAGE_SIZE];
@@ -70,6 +71,21 @@ pub fn segments(pages: &[Page], per_segment: usize) -> Vec<Segment> {
             segment
         })
         .collect()
+}
+
+/// A stream of QEMU's with one RAM section of so many pages; every second stretch of 32 is zero.
+pub fn guest_stream(pages: usize) -> Vec<u8> {
+    let mut writer = StreamWriter::new();
+    writer.header();
+    writer.configuration("pc-q35-10.0");
+    writer.ram_start([(&b"pc.ram"[..], (pages * PAGE_SIZE) as u64)].into_iter());
+    writer.ram_part(false);
+    for (index, page) in (0..).zip(&guest_pages(pages)) {
+        let zero = index / 32 % 2 == 1;
+        writer.page(b"pc.ram", index, if zero { &[0; PAGE_SIZE] } else { page });
+    }
+    writer.section_end();
+    writer.take()
 }
 
 /// Objects of a heap: pointers into a small range, lengths, small numbers, short strings, and free space.
