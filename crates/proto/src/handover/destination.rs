@@ -1,66 +1,14 @@
 //! The destination's machine.
 
+mod recover;
+
 use std::collections::VecDeque;
 
 use super::{
-    AbortReason, Action, Afterwards, Alarm, BadJournal, Handled, Ignored, Input, Message, Outcome, Refused,
-    Resolution, Transfer, VmmCommand, VmmState,
+    AbortReason, Action, Afterwards, Alarm, DestinationPhase, Handled, Ignored, Input, Message, Outcome,
+    Refused, Resolution, Transfer, VmmCommand, VmmState,
 };
 use crate::journal::{Accepted, Entry};
-
-/// Where the destination stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum DestinationPhase {
-    /// `accepted` is being written; the VMM is untouched.
-    Preparing,
-    /// The VMM is told not to start by itself.
-    Arming,
-    /// The stream flows.
-    Receiving,
-    /// The guest is whole; `receipt` is being written.
-    Signing,
-    /// The receipt is out: only the source's word, the death of the VMM, or an operator ends this.
-    InDoubt,
-    /// Committed; `starting` is being written.
-    Starting {
-        /// Whether the guest shall run, or stay paused as it was.
-        run: bool,
-    },
-    /// `cont` is issued, or the VMM is asked whether it was.
-    Resuming,
-    /// The VMM refused `cont`; a retry, a deadline or an operator goes on.
-    StartRefused,
-    /// Decided against; the promise never to run the guest is being made good.
-    Dropping,
-    /// Ended: the guest never ran here and never will, or it is lost.
-    Dropped,
-    /// Ended: the guest is here.
-    Moved,
-}
-
-impl DestinationPhase {
-    /// The stable name, in snake_case.
-    pub fn name(self) -> &'static str {
-        match self {
-            DestinationPhase::Preparing => "preparing",
-            DestinationPhase::Arming => "arming",
-            DestinationPhase::Receiving => "receiving",
-            DestinationPhase::Signing => "signing",
-            DestinationPhase::InDoubt => "in_doubt",
-            DestinationPhase::Starting { .. } => "starting",
-            DestinationPhase::Resuming => "resuming",
-            DestinationPhase::StartRefused => "start_refused",
-            DestinationPhase::Dropping => "dropping",
-            DestinationPhase::Dropped => "dropped",
-            DestinationPhase::Moved => "moved",
-        }
-    }
-
-    /// Whether this is an end.
-    pub fn ended(self) -> bool {
-        matches!(self, DestinationPhase::Dropped | DestinationPhase::Moved)
-    }
-}
 
 /// A journal write whose outcome is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -110,48 +58,6 @@ impl Destination {
         destination
     }
 
-    /// Goes on after a restart from what is durable. `vmm` is what this side's VMM does now; `None` if it cannot be
-    /// asked. Before `receipt` the migration is dropped; after it the source is asked; after `starting` the guest is
-    /// started, unless it runs already.
-    pub fn recover(entries: &[Entry], vmm: Option<VmmState>) -> Result<Self, BadJournal> {
-        let Some(Entry::Accepted(accepted)) = entries.first() else {
-            return Err(BadJournal("a destination's journal begins with `accepted`"));
-        };
-        let mut destination = Self::fresh(accepted);
-        destination.gone = vmm == Some(VmmState::Gone);
-        destination.unknown = vmm.is_none();
-        let mut done = false;
-        for entry in &entries[1..] {
-            destination.phase = match entry {
-                Entry::Receipt(receipt) => {
-                    destination.receipt = Some(*receipt);
-                    DestinationPhase::InDoubt
-                }
-                Entry::Starting { run } => DestinationPhase::Starting { run: *run },
-                Entry::Running => DestinationPhase::Moved,
-                Entry::NeverRan { reason } => {
-                    destination.reason = *reason;
-                    destination.promised = true;
-                    DestinationPhase::Dropping
-                }
-                Entry::Lost => {
-                    destination.reason = AbortReason::VmmGoneDestination;
-                    destination.promised = true;
-                    destination.may_have_run = true;
-                    DestinationPhase::Dropping
-                }
-                Entry::Done { .. } => {
-                    done = true;
-                    destination.phase
-                }
-                Entry::Resolved(_) | Entry::Note(_) => destination.phase,
-                _ => return Err(BadJournal("an entry of the other role, or `accepted` twice")),
-            };
-        }
-        destination.resume_life(vmm, done);
-        Ok(destination)
-    }
-
     fn fresh(accepted: &Accepted) -> Self {
         Destination {
             on_abort: accepted.on_abort,
@@ -169,37 +75,6 @@ impl Destination {
             refused: false,
             settled: false,
             finished: false,
-        }
-    }
-
-    fn resume_life(&mut self, vmm: Option<VmmState>, done: bool) {
-        match self.phase {
-            DestinationPhase::InDoubt => match vmm {
-                Some(VmmState::Gone) => self.drop_guest(AbortReason::VmmGoneDestination),
-                Some(VmmState::Running) => self.foreign_start(),
-                None => self.command(VmmCommand::Query),
-                Some(_) => {}
-            },
-            DestinationPhase::Starting { run: false } => self.moved(false),
-            DestinationPhase::Starting { run: true } => {
-                self.uncertain = true;
-                self.phase = DestinationPhase::Resuming;
-                match vmm {
-                    Some(VmmState::Running) => self.moved(true),
-                    Some(VmmState::Gone) => self.lost(),
-                    Some(_) => self.command(VmmCommand::Cont),
-                    None => self.command(VmmCommand::Query),
-                }
-            }
-            DestinationPhase::Moved => self.finish(Outcome::Moved),
-            DestinationPhase::Dropping if done => {
-                self.phase = DestinationPhase::Dropped;
-                self.finish(self.dropped_outcome());
-            }
-            DestinationPhase::Dropping => self.dropped_if_safe(),
-            // Nothing was promised yet, so nothing was signed: take it back.
-            _ if self.gone => self.drop_guest(AbortReason::VmmGoneDestination),
-            _ => self.drop_guest(AbortReason::AgentRestarted),
         }
     }
 

@@ -86,6 +86,7 @@
 //! - One unfinished migration per VM: a journal without `done` may command its VMM when it is recovered.
 
 mod destination;
+mod phase;
 mod reason;
 mod source;
 #[cfg(test)]
@@ -93,9 +94,10 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use destination::{Destination, DestinationPhase};
+pub use destination::Destination;
+pub use phase::{DestinationPhase, SourcePhase};
 pub use reason::AbortReason;
-pub use source::{Source, SourcePhase};
+pub use source::Source;
 
 use crate::journal::Entry;
 

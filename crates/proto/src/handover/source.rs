@@ -1,63 +1,14 @@
 //! The source's machine.
 
+mod recover;
+
 use std::collections::VecDeque;
 
 use super::{
-    AbortReason, Action, Afterwards, Alarm, BadJournal, Handled, Ignored, Input, Message, Outcome, Refused,
-    Resolution, Transfer, VmmCommand, VmmState,
+    AbortReason, Action, Afterwards, Alarm, Handled, Ignored, Input, Message, Outcome, Refused, Resolution,
+    SourcePhase, Transfer, VmmCommand, VmmState,
 };
 use crate::journal::{Entry, Prepared};
-
-/// Where the source stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum SourcePhase {
-    /// `prepared` is being written; the VMM is untouched.
-    Preparing,
-    /// The VMM migrates.
-    Migrating,
-    /// Everything is at the destination; its receipt is awaited.
-    Delivered,
-    /// As `Delivered`, but this side's VMM has died: the destination holds the only copy.
-    SourceLost,
-    /// `commit` is being written.
-    Committing,
-    /// The guest is the destination's; its word is awaited. In doubt while the peer is unreachable.
-    Committed,
-    /// A commit is or may be on disk and is being taken back. In doubt while neither journal nor peer answers.
-    Withdrawing,
-    /// Decided against; the VMM's migration is being cancelled and the guest resumed.
-    Restoring,
-    /// Ended: the guest is here.
-    Aborted,
-    /// Ended: the guest is the destination's.
-    Moved,
-    /// Ended: the guest died at the destination after it ran, or may have.
-    Lost,
-}
-
-impl SourcePhase {
-    /// The stable name, in snake_case.
-    pub fn name(self) -> &'static str {
-        match self {
-            SourcePhase::Preparing => "preparing",
-            SourcePhase::Migrating => "migrating",
-            SourcePhase::Delivered => "delivered",
-            SourcePhase::SourceLost => "source_lost",
-            SourcePhase::Committing => "committing",
-            SourcePhase::Committed => "committed",
-            SourcePhase::Withdrawing => "withdrawing",
-            SourcePhase::Restoring => "restoring",
-            SourcePhase::Aborted => "aborted",
-            SourcePhase::Moved => "moved",
-            SourcePhase::Lost => "lost",
-        }
-    }
-
-    /// Whether this is an end.
-    pub fn ended(self) -> bool {
-        matches!(self, SourcePhase::Aborted | SourcePhase::Moved | SourcePhase::Lost)
-    }
-}
 
 /// A journal write whose outcome is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -107,56 +58,6 @@ impl Source {
         source
     }
 
-    /// Goes on after a restart from what is durable. `vmm` is what this side's VMM does now; `None` if it cannot be
-    /// asked. Before `commit` the migration is taken back, after it the commit is sent again.
-    pub fn recover(entries: &[Entry], vmm: Option<VmmState>) -> Result<Self, BadJournal> {
-        let Some(Entry::Prepared(prepared)) = entries.first() else {
-            return Err(BadJournal("a source's journal begins with `prepared`"));
-        };
-        let mut source = Self::fresh(prepared);
-        source.touched = true;
-        source.gone = vmm == Some(VmmState::Gone);
-        let mut done = false;
-        for entry in &entries[1..] {
-            source.phase = match entry {
-                Entry::SourceLost(delivery) => {
-                    source.delivery = Some(*delivery);
-                    source.gone = true;
-                    SourcePhase::SourceLost
-                }
-                Entry::Commit(receipt) => {
-                    source.receipt = Some(*receipt);
-                    SourcePhase::Committed
-                }
-                Entry::Aborted { reason } => {
-                    source.reason = *reason;
-                    SourcePhase::Restoring
-                }
-                Entry::Lost => SourcePhase::Lost,
-                Entry::Resolved(Resolution::StartHere { peer_fenced }) => {
-                    source.reason = AbortReason::Operator;
-                    if *peer_fenced || source.phase == SourcePhase::Lost {
-                        SourcePhase::Restoring
-                    } else {
-                        SourcePhase::Withdrawing
-                    }
-                }
-                Entry::Resolved(Resolution::LeaveToPeer) => {
-                    source.left = true;
-                    SourcePhase::Moved
-                }
-                Entry::Done { moved } => {
-                    done = true;
-                    if *moved { SourcePhase::Moved } else { SourcePhase::Aborted }
-                }
-                Entry::Note(_) => source.phase,
-                _ => return Err(BadJournal("an entry of the other role, or `prepared` twice")),
-            };
-        }
-        source.resume_life(vmm, done);
-        Ok(source)
-    }
-
     fn fresh(prepared: &Prepared) -> Self {
         Source {
             run: prepared.guest_ran,
@@ -175,34 +76,6 @@ impl Source {
             left: false,
             settled: false,
             finished: false,
-        }
-    }
-
-    fn resume_life(&mut self, vmm: Option<VmmState>, done: bool) {
-        match self.phase {
-            SourcePhase::Preparing if self.gone => self.abort_now(AbortReason::VmmGoneSource),
-            SourcePhase::Preparing => self.abort_now(AbortReason::AgentRestarted),
-            SourcePhase::Committed | SourcePhase::Withdrawing => {
-                self.commit_sent = true;
-                // Only the destination's `NeverRan` (or a stranger) can have resumed it: ask before anything else.
-                if vmm == Some(VmmState::Running) {
-                    self.runs_here = true;
-                    self.phase = SourcePhase::Withdrawing;
-                    self.alarm(Alarm::ForeignStart);
-                }
-            }
-            SourcePhase::Restoring => self.restore(),
-            SourcePhase::Moved if done => {
-                self.settled = !self.left;
-                self.finish(Outcome::Moved);
-            }
-            SourcePhase::Moved => self.write_done(true),
-            SourcePhase::Aborted => self.finish(Outcome::Aborted(self.reason)),
-            SourcePhase::Lost => {
-                self.settled = true;
-                self.finish(Outcome::Lost);
-            }
-            _ => {}
         }
     }
 
@@ -287,13 +160,7 @@ impl Source {
             (Write::Aborted, SourcePhase::Withdrawing) if ok && !self.commit_sent => self.restore(),
             (Write::Aborted, SourcePhase::Withdrawing) => self.alarm(Alarm::JournalFailing),
             (Write::Aborted, SourcePhase::Aborted) => self.close(),
-            (Write::Done, SourcePhase::Moved) => {
-                // A guest that an operator left to the peer may still be wanted here.
-                if self.on_success == Afterwards::Quit && !self.gone && !self.left {
-                    self.command(VmmCommand::Quit);
-                }
-                self.finish(Outcome::Moved);
-            }
+            (Write::Done, SourcePhase::Moved) => self.finish(Outcome::Moved),
             (Write::Done, SourcePhase::Aborted) => self.finish(Outcome::Aborted(self.reason)),
             (Write::Lost, SourcePhase::Lost) => self.finish(Outcome::Lost),
             (Write::Resolved(resolution), _) => self.resolved(resolution, ok),
@@ -621,6 +488,10 @@ impl Source {
     fn moved(&mut self) {
         self.phase = SourcePhase::Moved;
         self.settled = true;
+        // Before `done`: a restart in between must not leave the VMM behind.
+        if self.on_success == Afterwards::Quit && !self.gone {
+            self.command(VmmCommand::Quit);
+        }
         self.write_done(true);
     }
 

@@ -143,11 +143,9 @@ fn the_straight_way_step_by_step() {
         [Vmm(VmmCommand::AnnounceSelf), Send(Message::Running), Journal(Entry::Running)]
     );
     assert_eq!(destination.take(&[Journaled]), [Finish(Outcome::Moved)]);
-    assert_eq!(source.take(&[Input::Message(Message::Running)]), [Journal(Entry::Done { moved: true })]);
-    assert_eq!(
-        source.take(&[Journaled]),
-        [Vmm(VmmCommand::Quit), Finish(Outcome::Moved), Send(Message::Settled)]
-    );
+    let done = [Vmm(VmmCommand::Quit), Journal(Entry::Done { moved: true })];
+    assert_eq!(source.take(&[Input::Message(Message::Running)]), done);
+    assert_eq!(source.take(&[Journaled]), [Finish(Outcome::Moved), Send(Message::Settled)]);
     assert!(!destination.settled());
     assert_eq!(destination.take(&[Input::Message(Message::Settled)]), []);
     assert!(source.settled() && destination.settled());
@@ -451,7 +449,8 @@ fn an_operator_is_told_first_and_starts_nothing_unfenced() {
         [Journal(Entry::Resolved(unfenced)), Send(Message::Abort(AbortReason::Operator))]
     );
     assert_eq!(source.phase(), SourcePhase::Withdrawing, "it asks; only the peer's promise resumes");
-    assert_eq!(source.take(&[Input::Message(Message::Running)]), [Journal(Entry::Done { moved: true })]);
+    source.take(&[Input::Message(Message::Running)]);
+    assert_eq!(source.phase(), SourcePhase::Moved);
 
     let mut source = source_at(SourcePhase::Committed);
     assert_eq!(

@@ -3,10 +3,11 @@
 //! A search of its own rather than a library's: the questions that matter here are "from *every* reachable state *some* fair path
 //! leads to a good end" and the same over a part of the edges, which needs the whole graph kept and walked backwards.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
 
-use crate::world::{Event, Model, World};
+use crate::model::Model;
+use crate::world::{Event, World};
 
 /// States of one search; a larger one is a mistake in its setup.
 const MAX_STATES: usize = 4_000_000;
@@ -18,6 +19,8 @@ pub(crate) struct Found {
     pub(crate) steps: usize,
     pub(crate) settled: usize,
     pub(crate) source_owns: usize,
+    /// The phases of both machines that were seen, by name.
+    pub(crate) phases: BTreeSet<&'static str>,
 }
 
 /// A broken rule, and the shortest way to it.
@@ -53,8 +56,11 @@ pub(crate) fn search(model: &Model) -> Result<Found, Flaw> {
         alone: Vec::new(),
     };
     let mut steps = 0;
+    let mut phases = BTreeSet::new();
     let mut queue = VecDeque::from([(0u32, first)]);
     while let Some((id, world)) = queue.pop_front() {
+        phases.extend(world.source.as_ref().map(|s| s.phase().name()));
+        phases.extend(world.destination.as_ref().map(|d| d.phase().name()));
         if model.settled(&world) {
             graph.settled.push(id);
         }
@@ -101,7 +107,7 @@ pub(crate) fn search(model: &Model) -> Result<Found, Flaw> {
         let rule = "I2: the source cannot resume its guest alone".into();
         return Err(graph.flaw(model, rule, graph.way(*stuck)));
     }
-    Ok(Found { states, steps, settled: graph.settled.len(), source_owns: graph.owns.len() })
+    Ok(Found { states, steps, settled: graph.settled.len(), source_owns: graph.owns.len(), phases })
 }
 
 impl Graph {
