@@ -250,7 +250,8 @@ async fn a_reset_in_midstream_is_an_error_on_both_halves() {
     let (mut far_reader, _far_writer) = there.into_split();
     let read_error = LinkError::from(within(reader.read_u8()).await.unwrap_err());
     let far_error = within(tokio::io::copy(&mut far_reader, &mut tokio::io::sink())).await.unwrap_err();
-    assert_eq!(read_error.code(), "connection_lost", "{read_error:?}");
+    // The kernel tells a reset once: the half that comes second meets a mere end.
+    assert!(matches!(read_error.code(), "connection_lost" | "cut_off"), "{read_error:?}");
     assert_eq!(LinkError::from(far_error).code(), "connection_lost");
     assert_eq!(within(sending).await.unwrap().code(), "connection_lost");
     proxy.await.unwrap();
