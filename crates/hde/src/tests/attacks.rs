@@ -93,6 +93,8 @@ fn zip_bomb() {
         let bomb = payload(RAM, &[&operation], b"", 0);
         assert_eq!(table_refusal(&bomb, MAX_SEGMENT_BYTES), TableError::TooMany);
     }
+    let zeros = &[ZEROS, 0, 0, most / 2 + 1][..];
+    assert_eq!(table_refusal(&payload(RAM, &[zeros, zeros], b"", 0), 18 * 2049), TableError::TooMany);
     let repeated = [&[BLANKS, 0, 0, 200][..]; 100];
     assert_eq!(table_refusal(&payload(RAM, &repeated, b"", 0), MAX_SEGMENT_BYTES), TableError::TooMany);
 }
