@@ -63,7 +63,7 @@ impl CtlError {
     /// Says so, on standard error; with `json` on standard output as well, where a script reads.
     pub(crate) fn report(&self, json: bool) -> ExitCode {
         if json {
-            println!("{}", serde_json::json!({ "error": crate::json::failure(&self.failure) }));
+            crate::json::print(&crate::json::refusal(&self.failure));
         }
         explain(&self.failure);
         self.exit.into()

@@ -54,6 +54,12 @@ pub(crate) struct Failure<'a> {
     hint: &'a str,
 }
 
+/// A failed command.
+#[derive(Debug, Serialize)]
+pub(crate) struct Refusal<'a> {
+    error: Failure<'a>,
+}
+
 /// What the preflight found.
 #[derive(Debug, Serialize)]
 pub(crate) struct Check<'a> {
@@ -139,6 +145,11 @@ pub(crate) fn status(s: &v1::Status) -> Status<'_> {
 /// A failure.
 pub(crate) fn failure(f: &v1::Failure) -> Failure<'_> {
     Failure { code: &f.code, blame: blame(f.blame()), message: &f.message, hint: &f.hint }
+}
+
+/// A failed command.
+pub(crate) fn refusal(f: &v1::Failure) -> Refusal<'_> {
+    Refusal { error: failure(f) }
 }
 
 /// What the preflight found.

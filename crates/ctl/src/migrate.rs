@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use dwcp_rpc::failure;
 use dwcp_rpc::v1::{self, Blame, Phase};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout};
@@ -38,9 +39,9 @@ pub(crate) async fn run(agent: &Path, args: MigrateArgs) -> Result<Exit, CtlErro
         }
         return Ok(Exit::Done);
     }
-    let mut wait =
-        Wait { agent, client, id, display: Display::new(args.json), asked_to_cancel: false, doubt: None };
-    wait.until_the_end().await
+    let display = Display::new(args.json);
+    let (asked_to_cancel, came_back, doubt) = (false, false, None);
+    Wait { agent, client, id, display, asked_to_cancel, came_back, doubt }.until_the_end().await
 }
 
 /// One wait for a migration's end.
@@ -50,6 +51,7 @@ struct Wait<'a> {
     id: String,
     display: Display,
     asked_to_cancel: bool,
+    came_back: bool,
     doubt: Option<Instant>,
 }
 
@@ -74,6 +76,7 @@ impl Wait<'_> {
             let pause = match self.client.watch(request).await {
                 Ok(stream) => self.follow(stream.into_inner(), &mut interrupts).await?,
                 Err(status) if gone(&status) => Pause::Gone,
+                Err(status) if self.came_back => return Err(self.forgotten(status)),
                 Err(status) => return Err(status.into()),
             };
             match pause {
@@ -144,6 +147,7 @@ impl Wait<'_> {
             match timeout(QUICK, connect(self.agent)).await {
                 Ok(Ok(client)) => {
                     self.client = client;
+                    self.came_back = true;
                     return Ok(());
                 }
                 Ok(Err(error)) if Instant::now() >= deadline => return Err(error),
@@ -173,6 +177,17 @@ impl Wait<'_> {
     fn left(&self) -> CtlError {
         let hint = format!("see how it ends: dwcpctl status {}", self.id);
         CtlError::new(Exit::Failed, Blame::Operator, "left", "left before the migration ended", hint)
+    }
+
+    /// The agent came back without the migration: what became of the guest is not known here.
+    fn forgotten(&self, status: tonic::Status) -> CtlError {
+        let error = CtlError::from(status);
+        if error.failure.code != failure::UNKNOWN_MIGRATION {
+            return error;
+        }
+        let message = format!("the agent was restarted and no longer knows migration {}", self.id);
+        let hint = "ask the VMMs at both ends (query-status) where the guest is before anything else";
+        CtlError::new(Exit::InDoubt, Blame::Local, "forgotten", message, hint)
     }
 
     fn in_doubt(&self) -> CtlError {

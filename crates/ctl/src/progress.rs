@@ -122,6 +122,8 @@ fn detail(status: &v1::Status) -> String {
     if status.phase() == Phase::Precopy {
         parts.push(match progress.eta_seconds {
             Some(seconds) => format!("ETA {}", show::seconds(seconds)),
+            // In the first round there is no estimate yet; later it means that the guest writes faster than the link.
+            None if status.rounds <= 1 => "ETA unknown".to_owned(),
             None => "does not converge yet".to_owned(),
         });
     }

@@ -111,7 +111,11 @@ fn migration(status: &v1::Status, json: bool) {
 }
 
 fn details(s: &v1::Status) {
-    let field = |name: &str, value: String| println!("  {name:<12}{}", one_line(&value));
+    let field = |name: &str, value: String| println!("  {name:<14}{}", one_line(&value));
+    if s.path.is_none() && s.raw_bytes == 0 {
+        // It ended before anything moved; there is nothing to measure.
+        return;
+    }
     if s.path.is_some() {
         let ends = [s.source.as_deref(), s.sink.as_deref()].map(|end| end.unwrap_or("?")).join(" -> ");
         let encryption = s.encryption.as_deref().unwrap_or("?");
@@ -119,19 +123,20 @@ fn details(s: &v1::Status) {
     }
     field("time", seconds(s.total_seconds));
     if let Some(ms) = s.downtime_ms {
-        let method = s.downtime_method.as_deref().map(|how| format!(" ({how})")).unwrap_or_default();
-        field("downtime", format!("{ms:.0} ms{method}"));
+        field("downtime", format!("{ms:.0} ms"));
+        s.downtime_method.iter().for_each(|how| field("", how.clone()));
+    }
+    if s.guest_bytes > 0 {
+        field("guest memory", format!("{} carried, zero pages included", units::size(s.guest_bytes)));
     }
     if s.raw_bytes > 0 {
-        field(
-            "carried",
-            format!(
-                "{} of guest memory, {} from the VMM",
-                units::size(s.guest_bytes),
-                units::size(s.raw_bytes)
-            ),
-        );
-        field("on the wire", format!("{}, {:.1} % saved", units::size(s.wire_bytes), 100.0 * s.saved_ratio));
+        // Only the source knows the guest memory that the stream stands for, and so what was saved.
+        let saved = match s.guest_bytes {
+            0 => String::new(),
+            _ => format!(", {:.1} % of the guest memory saved", 100.0 * s.saved_ratio),
+        };
+        field("stream", units::size(s.raw_bytes));
+        field("on the wire", format!("{}{saved}", units::size(s.wire_bytes)));
         field("rounds", s.rounds.to_string());
     }
     if s.chunks > 0 {
