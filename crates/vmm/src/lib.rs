@@ -1,4 +1,28 @@
-//! The hypervisor's side of a migration: the VMM's migration stream, and a simulated guest.
+//! The hypervisor's side of a migration: driving a VMM, and taking its migration stream apart and putting it together.
+//!
+//! ```text
+//!            source node                                          destination node
+//!  +--------------------------------+                   +---------------------------------+
+//!  | VMM -- QMP --> qmp::Qemu       |                   |      qmp::Qemu <-- QMP -- VMM   |
+//!  |  |             preflight       |  VmDescription    |      preflight             ^    |
+//!  |  |             describe -------+-------------------+----> compare               |    |
+//!  |  v                             |                   |                            |    |
+//!  | socket::MigrationListener      |                   |      socket::connect ------'    |
+//!  |  |                             |                   |         ^                       |
+//!  |  '-> stream::Cutter -> Segment-+--- other crates --+-> bytes-'                       |
+//!  +--------------------------------+                   +---------------------------------+
+//! ```
+//!
+//! In the order of a migration:
+//! 1. [`qmp::Qemu::connect`] at both ends; [`qmp::Qemu::events`] before anything that causes one.
+//! 2. [`preflight::source`], [`preflight::destination`], and [`preflight::compare`] over both sides'
+//!    [`describe::VmDescription`]s.
+//! 3. The destination stops its VMM and lets it listen ([`qmp::Qemu::incoming`]); [`socket::connect`] reaches it.
+//! 4. The source listens ([`socket::MigrationListener`]) and tells its VMM to migrate there ([`qmp::Qemu::migrate`]).
+//! 5. [`stream::Cutter`] makes [`Segment`](dwcp_proto::Segment)s of what the source VMM writes; their bytes, in order,
+//!    are what the destination VMM reads.
+//!
+//! [`sim`] has a guest and a VMM that need no hypervisor. Nothing here knows of agents, chunks or networks.
 
 pub mod describe;
 pub mod preflight;
