@@ -209,6 +209,17 @@ fn the_sample_sees_a_few_pages_of_text_among_noise() {
 }
 
 #[test]
+fn a_chunk_of_hardly_any_content_is_compressed_for_its_table() {
+    let mut builder = SegmentBuilder::new();
+    for index in 0..1000 {
+        builder.zero(b"pc.ram", index * 2);
+    }
+    let (encoded, payload) = assert_round_trip(&builder.finish(0), Choice::Sampled(1));
+    assert_eq!((encoded.codec, encoded.fallback), (Codec::Zstd, None));
+    assert!(payload.len() < 100, "{} bytes", payload.len());
+}
+
+#[test]
 fn an_index_that_does_not_give_the_bytes_is_refused() {
     let good = mixed().finish(5);
     let refusal = |spoil: &dyn Fn(&mut Segment)| {
