@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -95,6 +96,75 @@ async fn the_service_answers_and_says_what_it_cannot_do() {
     assert_eq!(huge.code(), Code::OutOfRange, "{huge:?}");
 
     assert!(agent.stop().success());
+}
+
+#[tokio::test]
+async fn health_and_reflection_are_on() {
+    use tonic_health::pb::{
+        HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+    };
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    const SERVICE: &str = "dwcp.agent.v1.Migrations";
+
+    let home = Home::new();
+    let agent = home.start();
+    let channel = channel(&home.socket()).await;
+    let request = HealthCheckRequest { service: SERVICE.to_owned() };
+    let health = HealthClient::new(channel.clone()).check(request).await.unwrap().into_inner();
+    assert_eq!(health.status(), ServingStatus::Serving);
+
+    let request = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let answers =
+        ServerReflectionClient::new(channel).server_reflection_info(tokio_stream::once(request)).await;
+    let answer = answers.unwrap().into_inner().message().await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("{answer:?}")
+    };
+    assert!(list.service.iter().any(|service| service.name == SERVICE), "{list:?}");
+    assert!(agent.stop().success());
+}
+
+#[test]
+fn systemd_is_told() {
+    let home = Home::new();
+    let notify = home.path("notify.sock");
+    let socket = UnixDatagram::bind(&notify).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let told_until = |what: &str| {
+        let mut buffer = [0; 4096];
+        loop {
+            let length = socket.recv(&mut buffer).unwrap();
+            let message = text(&buffer[..length]).to_owned();
+            if message.lines().any(|line| line == what) {
+                return message;
+            }
+        }
+    };
+    let agent = home.start_with(&[("NOTIFY_SOCKET", notify.to_str().unwrap()), ("WATCHDOG_USEC", "200000")]);
+    told_until("READY=1");
+    told_until("WATCHDOG=1");
+    agent.signal("HUP");
+    assert!(told_until("RELOADING=1").contains("MONOTONIC_USEC="));
+    told_until("READY=1");
+    agent.signal("TERM");
+    told_until("STOPPING=1");
+}
+
+#[test]
+fn logs_are_json_where_asked_for() {
+    let home = Home::new();
+    home.edit("[flags]", "[log]\nformat = \"json\"\n[flags]");
+    let agent = home.start();
+    let line: serde_json::Value = serde_json::from_str(&agent.last).unwrap();
+    assert_eq!(
+        (line["level"].as_str(), line["message"].as_str(), line["node"].as_str()),
+        (Some("INFO"), Some("ready"), Some("hv-01"))
+    );
 }
 
 #[test]
@@ -256,17 +326,22 @@ peers = "{root}/peers"
 
     /// Starts an agent and waits until it is ready.
     fn start(&self) -> Agent {
+        self.start_with(&[])
+    }
+
+    fn start_with(&self, environment: &[(&str, &str)]) -> Agent {
         let mut child = Command::new(env!("CARGO_BIN_EXE_dwcpd"))
             .arg("--config")
             .arg(self.path("dwcpd.toml"))
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
         let any = SocketAddr::from(([0, 0, 0, 0], 0));
-        let mut agent = Agent { child, log, listen: Listen { data: any, metrics: any } };
-        agent.log_until(" ready");
+        let mut agent = Agent { child, log, last: String::new(), listen: Listen { data: any, metrics: any } };
+        agent.log_until("ready");
         agent.listen = serde_json::from_slice(&fs::read(self.path("state/listen.json")).unwrap()).unwrap();
         agent
     }
@@ -282,6 +357,8 @@ struct Listen {
 struct Agent {
     child: Child,
     log: BufReader<std::process::ChildStderr>,
+    /// The line that was waited for last.
+    last: String,
     listen: Listen,
 }
 
@@ -294,6 +371,7 @@ impl Agent {
             // The agent's end closes the pipe, so this cannot wait for ever for a dead one.
             assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "no {text:?} in\n{seen}");
             if line.contains(text) {
+                self.last = line;
                 return;
             }
             seen += &line;
@@ -335,13 +413,16 @@ impl Drop for Agent {
 }
 
 async fn client(socket: &Path) -> MigrationsClient<Channel> {
+    MigrationsClient::new(channel(socket).await)
+}
+
+async fn channel(socket: &Path) -> Channel {
     let socket = socket.to_owned();
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
         async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
     });
-    let channel = Endpoint::from_static("http://agent").connect_with_connector(connector).await.unwrap();
-    MigrationsClient::new(channel)
+    Endpoint::from_static("http://agent").connect_with_connector(connector).await.unwrap()
 }
 
 /// The agent must end by itself, with status 1, and say so.
