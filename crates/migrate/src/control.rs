@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dwcp_link::{Reader, Writer};
 use dwcp_proto::limits::MAX_CONTROL;
-use dwcp_proto::message::{Ack, Body, Ping, Purpose};
+use dwcp_proto::message::{Ack, Body, Nack, Ping, Purpose};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{debug, info};
@@ -42,6 +42,16 @@ pub(crate) enum Event {
     Lost(Failure),
 }
 
+/// What the peer says to the source's data path. It has a queue of its own: the migration's task may have to wait for a VMM
+/// which itself waits until its data flows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum DataEvent {
+    Ack(Ack),
+    Nack(Nack),
+    /// The control connection stands again; what was said may have been lost.
+    Up,
+}
+
 /// How to speak to the peer.
 #[derive(Debug, Clone)]
 pub(crate) struct Control {
@@ -56,6 +66,14 @@ pub(crate) enum Origin {
     Accept(mpsc::Receiver<Arrival>, watch::Receiver<Ack>),
 }
 
+/// This side's data path.
+pub(crate) enum Data {
+    /// It is told what the peer applied.
+    Sends(mpsc::Sender<DataEvent>),
+    /// It tells what it applied.
+    Receives(watch::Receiver<Ack>),
+}
+
 impl Control {
     /// Starts serving the session's control connections, beginning with the one that opened it. The task ends with
     /// `Event::Lost` or when `Control` and the events' receiver are dropped.
@@ -63,12 +81,16 @@ impl Control {
         session: Arc<Session>,
         first: (Reader, Writer),
         origin: Origin,
-        acks: Option<watch::Receiver<Ack>>,
+        data: Data,
         counters: Arc<Counters>,
     ) -> (Control, mpsc::Receiver<Event>, impl Future<Output = ()> + Send) {
         let (out, messages) = mpsc::channel(QUEUE);
         let (events, receiver) = mpsc::channel(QUEUE);
-        let server = Server { session, messages, events, acks, counters, started: Instant::now() };
+        let (acks, data) = match data {
+            Data::Sends(data) => (None, Some(data)),
+            Data::Receives(acks) => (Some(acks), None),
+        };
+        let server = Server { session, messages, events, acks, data, counters, started: Instant::now() };
         (Control { out }, receiver, server.run(first, origin))
     }
 
@@ -85,6 +107,8 @@ struct Server {
     events: mpsc::Sender<Event>,
     /// What to acknowledge; at the destination only.
     acks: Option<watch::Receiver<Ack>>,
+    /// Who is acknowledged to; at the source only.
+    data: Option<mpsc::Sender<DataEvent>>,
     counters: Arc<Counters>,
     started: Instant,
 }
@@ -96,6 +120,10 @@ impl Server {
         loop {
             if self.events.send(Event::Up).await.is_err() {
                 return;
+            }
+            if let Some(data) = &self.data {
+                // An ended data path has nothing to say again.
+                let _ = data.send(DataEvent::Up).await;
             }
             let error = match self.serve(halves).await {
                 Some(error) => error,
@@ -168,7 +196,8 @@ impl Server {
     /// Serves one connection until it fails; `None` once nobody needs it any more.
     async fn serve(&mut self, (mut reader, mut writer): (Reader, Writer)) -> Option<WireError> {
         let (pongs, mut pings) = mpsc::channel::<Ping>(4);
-        let read = read_all(&mut reader, &self.events, pongs, self.started, &self.counters);
+        let read =
+            read_all(&mut reader, &self.events, self.data.as_ref(), pongs, self.started, &self.counters);
         tokio::pin!(read);
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -220,6 +249,7 @@ async fn next_ack(acks: &mut Option<watch::Receiver<Ack>>, last: Instant) -> Ack
 async fn read_all(
     reader: &mut Reader,
     events: &mpsc::Sender<Event>,
+    data: Option<&mpsc::Sender<DataEvent>>,
     pongs: mpsc::Sender<Ping>,
     started: Instant,
     counters: &Counters,
@@ -236,6 +266,16 @@ async fn read_all(
                 return Some(WireError::Unexpected { got: "a chunk", expected: "a message" });
             }
         };
+        let said = match (&body, data) {
+            (Body::Ack(ack), Some(data)) => Some((data, DataEvent::Ack(*ack))),
+            (Body::Nack(nack), Some(data)) => Some((data, DataEvent::Nack(*nack))),
+            _ => None,
+        };
+        if let Some((data, said)) = said {
+            // Late words to a data path that has ended are no matter.
+            let _ = data.send(said).await;
+            continue;
+        }
         match body {
             // A full queue means a peer that asks faster than it reads; the newest question is answered later.
             Body::Ping(ping) => drop(pongs.try_send(ping)),

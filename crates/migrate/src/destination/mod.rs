@@ -26,7 +26,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::control::{Control, Event, Origin};
+use crate::control::{Control, Data, Event, Origin};
 use crate::counters::Counters;
 use crate::engine::Shared;
 use crate::error::{Blame, Failure};
@@ -112,7 +112,7 @@ async fn attempt(
     let counters = report.counters.clone();
     let origin = Origin::Accept(rejoins, acks_tx.subscribe());
     let (control, events, server) =
-        Control::start(session.clone(), first, origin, Some(acks), counters.clone());
+        Control::start(session.clone(), first, origin, Data::Receives(acks), counters.clone());
     let server = tokio::spawn(server);
     let accepted = Accepted {
         job: Job {

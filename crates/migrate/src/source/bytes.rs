@@ -18,8 +18,8 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 use tracing::info;
 
-use super::{FromPeer, Outgoing};
-use crate::control::{Control, RETRY};
+use super::Outgoing;
+use crate::control::{Control, DataEvent, RETRY};
 use crate::error::{Blame, Failure};
 use crate::wire::WireError;
 
@@ -28,7 +28,7 @@ pub(crate) async fn send(
     out: Outgoing,
     control: Control,
     mut segments: mpsc::Receiver<Segment>,
-    mut peer: mpsc::Receiver<FromPeer>,
+    mut peer: mpsc::Receiver<DataEvent>,
 ) -> Result<Transfer, Failure> {
     let mut ring = Ring::new(out);
     let mut ticket = 0;
@@ -121,19 +121,19 @@ impl Ring {
         (self.ended && self.applied == self.end).then(|| Transfer { stream_len: self.end, root: root() })
     }
 
-    async fn hear(&mut self, said: Option<FromPeer>, control: &Control) -> Result<(), Failure> {
+    async fn hear(&mut self, said: Option<DataEvent>, control: &Control) -> Result<(), Failure> {
         match said {
-            Some(FromPeer::Ack(Ack { applied, .. })) => {
+            Some(DataEvent::Ack(Ack { applied, .. })) => {
                 let rtt = self.out.counters.rtt_us.load();
                 if rtt > 0 {
                     self.pace.round_trip(Duration::from_micros(rtt));
                 }
                 self.trim(applied)?;
             }
-            Some(FromPeer::Up) if self.ended => {
+            Some(DataEvent::Up) if self.ended => {
                 control.say(Body::StreamEnd(StreamEnd { length: self.end })).await;
             }
-            Some(FromPeer::Up | FromPeer::Nack(_)) => {}
+            Some(DataEvent::Up | DataEvent::Nack(_)) => {}
             None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
         }
         Ok(())
@@ -189,7 +189,7 @@ impl Ring {
         mut writer: Writer,
         control: &Control,
         segments: &mut mpsc::Receiver<Segment>,
-        peer: &mut mpsc::Receiver<FromPeer>,
+        peer: &mut mpsc::Receiver<DataEvent>,
     ) -> Result<Carried, Failure> {
         let silence = async move {
             match reader.read_u8().await {

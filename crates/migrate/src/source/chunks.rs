@@ -23,8 +23,8 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tracing::{debug, info};
 
-use super::{FromPeer, Outgoing};
-use crate::control::RETRY;
+use super::Outgoing;
+use crate::control::{DataEvent, RETRY};
 use crate::error::{Blame, Failure};
 use crate::handshake::Dialler;
 use crate::pool::Share;
@@ -42,7 +42,7 @@ enum LinkEvent {
 pub(crate) async fn send(
     out: Outgoing,
     segments: mpsc::Receiver<Segment>,
-    mut peer: mpsc::Receiver<FromPeer>,
+    mut peer: mpsc::Receiver<DataEvent>,
 ) -> Result<Transfer, Failure> {
     let mut tasks = JoinSet::new();
     let (encoded_tx, mut encoded) = mpsc::channel(super::ingest::QUEUE);
@@ -64,9 +64,9 @@ pub(crate) async fn send(
         tokio::select! {
             biased;
             said = peer.recv() => match said {
-                Some(FromPeer::Ack(ack)) => stage.acked(ack)?,
-                Some(FromPeer::Nack(nack)) => stage.refused(Seq(nack.seq))?,
-                Some(FromPeer::Up) => {}
+                Some(DataEvent::Ack(ack)) => stage.acked(ack)?,
+                Some(DataEvent::Nack(nack)) => stage.refused(Seq(nack.seq))?,
+                Some(DataEvent::Up) => {}
                 None => return Err(ended()),
             },
             event = events.recv() => match event {

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dwcp_proto::handover::{AbortReason, Afterwards, Input, Outcome, Source, Transfer, VmmState};
 use dwcp_proto::journal::{Job, Prepared};
-use dwcp_proto::message::{Ack, Body, Nack};
+use dwcp_proto::message::Body;
 use dwcp_proto::{MigrationId, Path, Side};
-use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, Parameters};
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
 use dwcp_vmm::socket::MigrationListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -25,7 +25,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::{info, warn};
 
 use crate::bucket::Bucket;
-use crate::control::{Control, Event, Origin};
+use crate::control::{Control, Data, DataEvent, Event, Origin};
 use crate::counters::Counters;
 use crate::engine::Shared;
 use crate::error::{Blame, Failure};
@@ -41,6 +41,8 @@ use crate::status::Phase;
 
 pub(crate) use plan::{Plan, check, failures, plan};
 
+/// What the peer may have said to the data path before that reads it; then its control connection waits.
+const DATA_EVENTS: usize = 64;
 /// Between two looks at the VMM's progress.
 const TICK: Duration = Duration::from_millis(250);
 /// Between two tries of what a VMM or the journal refused.
@@ -55,15 +57,6 @@ const LINGER: Duration = Duration::from_secs(2);
 const CONNECT: Duration = Duration::from_secs(10);
 /// No limit, as QEMU understands it: what the agent takes is what bounds it.
 const UNLIMITED: u64 = 1 << 40;
-
-/// What the peer says to the data path.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum FromPeer {
-    Ack(Ack),
-    Nack(Nack),
-    /// The control connection stands again; what was said may have been lost.
-    Up,
-}
 
 /// What both data paths need.
 #[derive(Clone)]
@@ -139,8 +132,14 @@ async fn attempt(
         Journal::create(&shared.config.state_dir, id, Side::Source).await.map_err(journal_failure)?;
     let counters = report.counters.clone();
     let first = (reader, writer);
-    let (control, events, server) =
-        Control::start(session.clone(), first, Origin::Dial(dialler.clone()), None, counters.clone());
+    let (data_tx, data) = mpsc::channel(DATA_EVENTS);
+    let (control, events, server) = Control::start(
+        session.clone(),
+        first,
+        Origin::Dial(dialler.clone()),
+        Data::Sends(data_tx),
+        counters.clone(),
+    );
     let server = tokio::spawn(server);
     let prepared = Prepared {
         job: Job {
@@ -170,6 +169,7 @@ async fn attempt(
         budget: downtime.in_flight,
         bucket: Arc::new(Mutex::new(Bucket::new(spec.bandwidth_limit))),
     };
+    let (info_tx, info) = mpsc::channel(1);
     let mut run = Run {
         shared: shared.clone(),
         id: id.clone(),
@@ -183,7 +183,10 @@ async fn attempt(
         failure: None,
         outcome: None,
         transport: JoinSet::new(),
-        peer: None,
+        data: Some(data),
+        monitor: JoinSet::new(),
+        info_tx,
+        info,
         transfer: None,
         vmm_done: false,
         whole: false,
@@ -231,7 +234,12 @@ struct Run {
     outcome: Option<Outcome>,
     /// The data path's task.
     transport: JoinSet<Result<Transfer, Failure>>,
-    peer: Option<mpsc::Sender<FromPeer>>,
+    /// What the peer says to the data path, until that is started.
+    data: Option<mpsc::Receiver<DataEvent>>,
+    /// The task that asks the VMM how far it is, and its answers.
+    monitor: JoinSet<()>,
+    info_tx: mpsc::Sender<MigrationInfo>,
+    info: mpsc::Receiver<MigrationInfo>,
     /// Everything was applied at the destination.
     transfer: Option<Transfer>,
     /// The VMM is in `postmigrate`.
@@ -297,6 +305,7 @@ impl Run {
                     let advice = AbortReason::Deadline.advice();
                     self.fail(AbortReason::Deadline, Failure::new("deadline", Blame::Operator, "the deadline passed", advice)).await;
                 }
+                Some(info) = self.info.recv() => self.progress(info).await,
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 _ = tick.tick() => self.look().await,
             }
@@ -386,15 +395,15 @@ impl Run {
             }
         };
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
-        let (peer_tx, peer) = mpsc::channel(64);
+        let Some(data) = self.data.take() else { return Ok(()) };
         let (out, control) = (self.outgoing.clone(), self.control.clone());
         let counters = out.counters.clone();
         self.transport.spawn(async move {
             let read = ingest::ingest(stream, segments_tx, counters);
             let send = async {
                 match out.session.path {
-                    Path::V3 => chunks::send(out, segments, peer).await,
-                    Path::V1 => bytes::send(out, control, segments, peer).await,
+                    Path::V3 => chunks::send(out, segments, data).await,
+                    Path::V1 => bytes::send(out, control, segments, data).await,
                 }
             };
             tokio::pin!(read, send);
@@ -404,7 +413,7 @@ impl Run {
                 _ = &mut read => send.await,
             }
         });
-        self.peer = Some(peer_tx);
+        self.monitor.spawn(monitor(self.guest.clone(), self.info_tx.clone()));
         self.report.set(|s| s.phase = Phase::Precopy);
         self.pilot.note("precopy", "").await;
         Ok(())
@@ -416,15 +425,12 @@ impl Run {
                 if self.dark_since.take().is_some() {
                     self.pilot.note("link_up", "").await;
                 }
-                self.tell(FromPeer::Up).await;
                 self.feed(Input::Connected).await;
             }
             Event::Down(why) => {
                 self.dark_since.get_or_insert_with(Instant::now);
                 self.pilot.note("link_down", why).await;
             }
-            Event::Message(Body::Ack(ack)) => self.tell(FromPeer::Ack(ack)).await,
-            Event::Message(Body::Nack(nack)) => self.tell(FromPeer::Nack(nack)).await,
             Event::Message(Body::Signed(signed)) => {
                 self.heard_at = Some(Instant::now());
                 match self.pilot.hear(&signed).await {
@@ -439,16 +445,9 @@ impl Run {
         }
     }
 
-    async fn tell(&mut self, said: FromPeer) {
-        if let Some(peer) = &self.peer {
-            // The data path has ended: its outcome says why.
-            let _ = peer.send(said).await;
-        }
-    }
-
     async fn qmp_event(&mut self, event: QmpEvent) {
         match event.kind() {
-            EventKind::Stop if self.stopped_at.is_none() && self.peer.is_some() => {
+            EventKind::Stop if self.stopped_at.is_none() && self.data.is_none() => {
                 // The event's own time is nearer to the truth than its arrival here.
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 let age = event.at.and_then(|at| now.checked_sub(at)).filter(|age| *age < RETRY);
@@ -504,32 +503,27 @@ impl Run {
         self.fail(reason, failure).await;
     }
 
-    /// Looks at the VMM and at the clock.
+    /// What the VMM says of its migration.
+    async fn progress(&mut self, info: MigrationInfo) {
+        if let Some(ram) = info.ram {
+            if ram.total > 0 && self.stopped_at.is_none() {
+                let done = 1.0 - ram.remaining as f64 / ram.total as f64;
+                // The last percent is the switchover's.
+                self.fraction = self.fraction.max(done.clamp(0.0, 0.99));
+            }
+            let dirty = ram.dirty_pages_rate as f64 * ram.page_size.max(1) as f64;
+            self.report.progress(self.fraction, ram.remaining, (ram.dirty_sync_count > 1).then_some(dirty));
+        }
+        // An event may have been missed; the state is the truth.
+        if info.status == Some(MigrationStatus::Completed) && !self.vmm_done {
+            self.vmm_done = true;
+            self.whole_if_so().await;
+        }
+    }
+
+    /// Looks at the figures and at the clock.
     async fn look(&mut self) {
         self.count();
-        if self.peer.is_some()
-            && !self.whole
-            && let Ok(info) = self.guest.qemu.migration().await
-        {
-            if let Some(ram) = info.ram {
-                if ram.total > 0 && self.stopped_at.is_none() {
-                    let done = 1.0 - ram.remaining as f64 / ram.total as f64;
-                    // The last percent is the switchover's.
-                    self.fraction = self.fraction.max(done.clamp(0.0, 0.99));
-                }
-                let dirty = ram.dirty_pages_rate as f64 * ram.page_size.max(1) as f64;
-                self.report.progress(
-                    self.fraction,
-                    ram.remaining,
-                    (ram.dirty_sync_count > 1).then_some(dirty),
-                );
-            }
-            // An event may have been missed in a reconnection of QMP; the state is the truth.
-            if info.status == Some(MigrationStatus::Completed) && !self.vmm_done {
-                self.vmm_done = true;
-                self.whole_if_so().await;
-            }
-        }
         if let Some(since) = self.dark_since {
             let stopped = self.stopped_at.is_some();
             let patience = if stopped { SWITCHOVER_PATIENCE } else { PRECOPY_PATIENCE };
@@ -559,6 +553,7 @@ impl Run {
 
     async fn finish(&mut self) {
         self.transport.abort_all();
+        self.monitor.abort_all();
         self.count();
         let alarms = self.pilot.alarms.join(", ");
         match self.outcome {
@@ -593,6 +588,21 @@ impl Run {
         }
         let status = self.report.status();
         self.pilot.note("ended", format!("{:?}", status.phase)).await;
+    }
+}
+
+/// Asks the VMM how far it is. A task of its own: while QEMU writes the last of its stream it holds the lock that QMP needs, so
+/// an answer may have to wait for the very data path that the migration's task serves.
+async fn monitor(guest: Arc<Guest>, info: mpsc::Sender<MigrationInfo>) {
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        if let Ok(answer) = guest.qemu.migration().await
+            && info.send(answer).await.is_err()
+        {
+            return;
+        }
     }
 }
 
