@@ -41,7 +41,7 @@ use crate::signals::{Event, Signals};
 
 /// How long open RPCs may take to end once the engine is down. What they wait for has ended by then.
 const RPC_GRACE: Duration = Duration::from_secs(2);
-/// How long a start may wait for the RPC server's tasks at the very end.
+/// How long threads that still read a file may hold up the exit.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
 
 /// Exit status of a wrong command line or configuration.
@@ -154,7 +154,14 @@ async fn life(config: Config) -> Result<(), Failure> {
     readiness.ready();
     systemd::ready();
     let watchdog = systemd::watchdog();
-    info!(node = %config.node, version = env!("CARGO_PKG_VERSION"), data = %addresses.data, metrics = %addresses.metrics, rpc = %addresses.rpc, "ready");
+    info!(
+        node = %config.node,
+        version = env!("CARGO_PKG_VERSION"),
+        data = %addresses.data,
+        metrics = %addresses.metrics,
+        rpc = %addresses.rpc,
+        "ready"
+    );
 
     while let Event::Reload = signals.next().await {
         systemd::reloading();

@@ -29,7 +29,17 @@ const MAX_CALLS: usize = 64;
 #[derive(Debug)]
 pub(crate) struct RpcSocket {
     listener: UnixListener,
-    path: PathBuf,
+    file: SocketFile,
+}
+
+/// The socket's name in the file system; goes with its owner.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 /// Binds the socket. One that a dead process left behind is replaced; one that answers is not.
@@ -74,7 +84,7 @@ pub(crate) fn bind(path: &Path) -> Result<RpcSocket, Failure> {
         let _ = fs::remove_file(&temporary);
         unusable(error)
     })?;
-    Ok(RpcSocket { listener, path: path.to_owned() })
+    Ok(RpcSocket { listener, file: SocketFile(path.to_owned()) })
 }
 
 impl RpcSocket {
@@ -117,7 +127,7 @@ impl RpcSocket {
                 error!(%error, "the RPC server ended");
             }
         });
-        Ok(RpcServer { stop, task, follow, path: self.path })
+        Ok(RpcServer { stop, task, follow, file: self.file })
     }
 }
 
@@ -127,13 +137,13 @@ pub(crate) struct RpcServer {
     stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
     follow: JoinHandle<()>,
-    path: PathBuf,
+    file: SocketFile,
 }
 
 impl RpcServer {
     /// Takes no more calls, and gives the open ones so long to end.
     pub(crate) async fn stop(self, grace: Duration) {
-        let _ = fs::remove_file(&self.path);
+        drop(self.file);
         let _ = self.stop.send(());
         let mut task = self.task;
         if tokio::time::timeout(grace, &mut task).await.is_err() {
@@ -156,6 +166,10 @@ mod tests {
         let failure = bind(&path).unwrap_err();
         assert!(failure.message.contains("another process listens"), "{failure}");
         drop(first);
+        assert!(!path.exists());
+
+        // What a killed process leaves behind.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         bind(&path).unwrap();
     }

@@ -224,6 +224,7 @@ fn what_is_wrong_at_the_start_is_said_with_what_to_do() {
         let home = Home::new();
         home.edit(&format!("{key} = \"127.0.0.1:0\""), &format!("{key} = \"{address}\""));
         assert_refused(&home, &address, expected);
+        assert!(!home.socket().exists());
     }
 
     let home = Home::new();
