@@ -19,7 +19,7 @@ use dwcp_proto::negotiate::{MAX_STREAMS, MIN_WINDOW};
 use dwcp_proto::{Codec, MigrationId, NodeKey, SessionId, VmName};
 use dwcp_vmm::preflight;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, debug, info, info_span, warn};
 
@@ -161,6 +161,9 @@ struct Waiting {
     report: Arc<Report>,
 }
 
+/// Connections that have not yet said what they want, or wait for the answer; a plain one has proved nothing until then. Each has
+/// [`PATIENCE`](crate::wire::PATIENCE) for a message.
+const MAX_NEWCOMERS: usize = 256;
 /// Ended migrations that `list` and `get` still know; the oldest are forgotten first.
 const MAX_ENDED: usize = 256;
 /// How long a stop waits for running migrations to end.
@@ -433,12 +436,12 @@ impl Shared {
         let addr = connection.peer_addr();
         match receive(connection).await {
             Ok(Newcomer::Greeted(greeted)) => self.hello(*greeted).await,
-            Ok(Newcomer::Joining(joining)) => self.join(*joining).await,
+            Ok(Newcomer::Joining(joining)) => self.join(joining).await,
             Err(failure) => debug!(?addr, %failure, "connection dropped"),
         }
     }
 
-    async fn join(&self, joining: Joining) {
+    async fn join(&self, joining: Box<Joining>) {
         let found = joining.session().and_then(|id| self.registry().sessions.get(&id).cloned());
         let Some((session, arrivals)) = found else {
             self.metrics.byzantine_attempt("replay_session");
@@ -582,9 +585,18 @@ impl Registry {
 
 /// Takes connections until the engine is gone.
 async fn accept(shared: Weak<Shared>, mut listener: Listener) {
+    let places = Arc::new(Semaphore::new(MAX_NEWCOMERS));
     while let Some(connection) = listener.accept().await {
         let Some(shared) = shared.upgrade() else { return };
-        tokio::spawn(shared.newcomer(connection));
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            shared.metrics.byzantine_attempt("conn_flood");
+            debug!(addr = ?connection.peer_addr(), "too many connections that have not said what they want");
+            continue;
+        };
+        tokio::spawn(async move {
+            shared.newcomer(connection).await;
+            drop(place);
+        });
     }
 }
 

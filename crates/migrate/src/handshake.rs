@@ -346,7 +346,7 @@ impl Joining {
 
     /// Holds the join against its session: signed by the session's source, over this very connection, which is as
     /// protected as was agreed.
-    pub(crate) fn authenticate(self, session: &Session) -> Result<Arrival, (Self, Failure)> {
+    pub(crate) fn authenticate(self: Box<Self>, session: &Session) -> Result<Arrival, (Box<Self>, Failure)> {
         let purpose = Purpose::try_from(self.join.purpose).ok();
         let signed = signature(&self.join.signature).ok();
         let (Some(purpose), Some(signed)) = (purpose, signed) else {
@@ -360,7 +360,7 @@ impl Joining {
         if !right_kind || !session.peer.verify(&message, &signed) {
             return Err((self, forged("join")));
         }
-        let Joining { join, binding, reader, writer, .. } = self;
+        let Joining { join, binding, reader, writer, .. } = *self;
         Ok(Arrival { purpose, link: join.link, ticket: join.ticket, binding, reader, writer })
     }
 }

@@ -117,6 +117,11 @@ impl Report {
         });
     }
 
+    /// Something simpler than wished for is used from now on.
+    pub(crate) fn fallback(&self, reason: String) {
+        self.set(|s| s.fallback_reasons.push(reason));
+    }
+
     /// The VMM's progress: fraction done, bytes remaining in this round, bytes dirtied a second.
     pub(crate) fn progress(&self, fraction: f64, remaining: u64, dirty_rate: Option<f64>) {
         self.set(|s| {

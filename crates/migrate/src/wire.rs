@@ -103,7 +103,7 @@ pub(crate) enum Frame {
     /// A message.
     Message(Body),
     /// A chunk's signed header; its payload follows.
-    Chunk(Box<[u8; SIGNED_HEADER_LEN]>),
+    Chunk([u8; SIGNED_HEADER_LEN]),
 }
 
 /// Reads the next frame; messages may be `max_message` bytes long. A message of a kind unknown here is skipped.
@@ -114,8 +114,8 @@ pub(crate) async fn read_frame(reader: &mut Reader, max_message: usize) -> Resul
         let head = Head::parse(head, max_message)?;
         match head.tag {
             Tag::Chunk => {
-                let mut signed = Box::new([0u8; SIGNED_HEADER_LEN]);
-                reader.read_exact(&mut signed[..]).await?;
+                let mut signed = [0u8; SIGNED_HEADER_LEN];
+                reader.read_exact(&mut signed).await?;
                 return Ok(Frame::Chunk(signed));
             }
             Tag::Message => {

@@ -1,5 +1,8 @@
 //! Whole migrations between two engines in this process, with simulated VMMs on both sides.
 
+// A test's helpers may fail as its assertions do.
+#![allow(clippy::unwrap_used)]
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;

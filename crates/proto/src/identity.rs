@@ -146,7 +146,7 @@ fn parse_line(text: &str, expected: &'static str) -> Result<(NodeName, Zeroizing
     }
     let (node, digits) = node.zip(digits).ok_or_else(format)?;
     let mut bytes = Zeroizing::new([0u8; 32]);
-    unhex(digits, &mut *bytes).ok_or_else(format)?;
+    unhex(digits, &mut bytes).ok_or_else(format)?;
     Ok((NodeName::new(node)?, bytes))
 }
 

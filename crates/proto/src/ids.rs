@@ -9,7 +9,9 @@ use crate::limits::MAX_NAME;
 
 /// A name that is not one: empty, too long, or with a character outside `[A-Za-z0-9._-]`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what} {text:?} must be 1 to {MAX_NAME} characters from A-Z a-z 0-9 . _ - and start with a letter or digit")]
+#[error(
+    "{what} {text:?} must be 1 to {MAX_NAME} characters from A-Z a-z 0-9 . _ - and start with a letter or digit"
+)]
 pub struct BadName {
     what: &'static str,
     text: String,

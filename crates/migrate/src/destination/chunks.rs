@@ -206,7 +206,7 @@ impl Link {
     }
 
     async fn read_chunk(&self, reader: &mut Reader) -> Result<(), ReadError> {
-        let signed: Box<[u8; SIGNED_HEADER_LEN]> = match read_frame(reader, 0).await? {
+        let signed = match read_frame(reader, 0).await? {
             Frame::Chunk(signed) => signed,
             Frame::Message(_) => {
                 return Err(WireError::Unexpected { got: "a message", expected: "a chunk" }.into());

@@ -104,7 +104,15 @@ async fn encode(
         let result = share
             .run(move |worker| {
                 let mut payload = Vec::new();
-                let done = worker.encoder.encode(&segment, compression, &mut payload)?;
+                let done = match worker.encoder.encode(&segment, compression, &mut payload) {
+                    Ok(done) => done,
+                    Err(error) => {
+                        // An index that does not fit its bytes is an error of ours; the bytes are right all the same.
+                        tracing::error!(%error, "segment sent as opaque bytes; please report this");
+                        let segment = Segment::opaque(segment.offset, segment.bytes.clone(), segment.version);
+                        worker.encoder.encode(&segment, compression, &mut payload)?
+                    }
+                };
                 Ok(EncodedChunk::new(
                     done.codec,
                     Lane(0),

@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_proto::{Record, Segment};
-use dwcp_vmm::stream::Cutter;
+use dwcp_vmm::stream::{Cutter, OpaqueReason};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tracing::warn;
 
 use crate::counters::Counters;
+use crate::report::Report;
 
 /// Guest pages in one chunk. Larger chunks compress better and cost less each; smaller ones make a finer
 /// pipeline between reading, encoding and sending.
@@ -28,10 +30,17 @@ const PAUSE: Duration = Duration::from_millis(2);
 pub(crate) async fn ingest(
     stream: UnixStream,
     segments: mpsc::Sender<Segment>,
-    counters: Arc<Counters>,
+    report: Arc<Report>,
 ) -> io::Result<u64> {
+    let counters = report.counters.clone();
     let mut cutter = Cutter::new(CHUNK);
+    let mut told = false;
     loop {
+        if let Some(reason) = cutter.opaque_reason().filter(|r| !told && *r != OpaqueReason::DeviceState) {
+            told = true;
+            warn!(%reason, offset = %cutter.offset(), "the rest of the VMM's stream is carried as opaque bytes");
+            report.fallback(format!("opaque bytes instead of pages: {reason}"));
+        }
         if timeout(PAUSE, stream.readable()).await.is_err() {
             cutter.flush();
             forward(&mut cutter, &segments, &counters).await?;

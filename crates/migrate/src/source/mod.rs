@@ -22,7 +22,7 @@ use dwcp_vmm::socket::MigrationListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::bucket::Bucket;
 use crate::control::{Control, Data, DataEvent, Event, Origin};
@@ -47,6 +47,8 @@ const DATA_EVENTS: usize = 64;
 const TICK: Duration = Duration::from_millis(250);
 /// Between two tries of what a VMM or the journal refused.
 const RETRY: Duration = Duration::from_secs(1);
+/// QEMU (8.2+) is told the measured rate anew when it has changed by this share.
+const TELL_RATE: f64 = 0.1;
 /// How long the guest may stand still waiting for a lost link before it is taken back.
 const SWITCHOVER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long precopy waits for a lost link.
@@ -397,9 +399,9 @@ impl Run {
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
         let Some(data) = self.data.take() else { return Ok(()) };
         let (out, control) = (self.outgoing.clone(), self.control.clone());
-        let counters = out.counters.clone();
+        let report = self.report.clone();
         self.transport.spawn(async move {
-            let read = ingest::ingest(stream, segments_tx, counters);
+            let read = ingest::ingest(stream, segments_tx, report);
             let send = async {
                 match out.session.path {
                     Path::V3 => chunks::send(out, segments, data).await,
@@ -413,7 +415,8 @@ impl Run {
                 _ = &mut read => send.await,
             }
         });
-        self.monitor.spawn(monitor(self.guest.clone(), self.info_tx.clone()));
+        let counters = self.outgoing.counters.clone();
+        self.monitor.spawn(monitor(self.guest.clone(), counters, self.info_tx.clone()));
         self.report.set(|s| s.phase = Phase::Precopy);
         self.pilot.note("precopy", "").await;
         Ok(())
@@ -593,11 +596,23 @@ impl Run {
 
 /// Asks the VMM how far it is. A task of its own: while QEMU writes the last of its stream it holds the lock that QMP needs, so
 /// an answer may have to wait for the very data path that the migration's task serves.
-async fn monitor(guest: Arc<Guest>, info: mpsc::Sender<MigrationInfo>) {
+async fn monitor(guest: Arc<Guest>, counters: Arc<Counters>, info: mpsc::Sender<MigrationInfo>) {
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = 0.0;
     loop {
         tick.tick().await;
+        // How fast the last round will really go: what the link carries, counted in the VMM's bytes.
+        let ratio = counters.raw.load() as f64 / counters.wire.load().max(1) as f64;
+        let rate = counters.rate.load() as f64 * ratio;
+        if rate > 0.0 && (rate / told - 1.0).abs() > TELL_RATE {
+            told = rate;
+            let parameters =
+                Parameters { avail_switchover_bandwidth: Some(rate as u64), ..Parameters::default() };
+            if let Err(error) = guest.qemu.set_parameters(&parameters).await {
+                debug!(%error, "the measured rate was not told to QEMU");
+            }
+        }
         if let Ok(answer) = guest.qemu.migration().await
             && info.send(answer).await.is_err()
         {
