@@ -432,6 +432,14 @@ impl Shared {
         self.registry().sessions.remove(session);
     }
 
+    /// Brings the number of migrations in doubt up to date.
+    pub(crate) fn count_unresolved(&self) {
+        let registry = self.registry();
+        let unresolved =
+            registry.migrations.values().filter(|e| e.report.status().phase == Phase::InDoubt).count();
+        self.metrics.unresolved(unresolved);
+    }
+
     async fn newcomer(self: Arc<Self>, connection: dwcp_link::Connection) {
         let addr = connection.peer_addr();
         match receive(connection).await {

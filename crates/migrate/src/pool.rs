@@ -20,8 +20,8 @@ pub(crate) struct Worker {
 
 type Job = Box<dyn FnOnce(&mut Worker) + Send>;
 
-/// Jobs of one migration that may wait or run, for each worker: one that runs, one ready behind it.
-const JOBS_PER_WORKER: usize = 2;
+/// Jobs of one migration beyond one for each worker: the one that is ready when a worker becomes free.
+const SPARE_JOBS: usize = 1;
 
 /// The pool. Its threads end when the last handle is dropped.
 #[derive(Clone)]
@@ -35,7 +35,7 @@ impl Pool {
     pub(crate) fn new(workers: usize, migrations: usize) -> std::io::Result<Self> {
         let workers = workers.max(1);
         // Every migration's share fits, so that submitting never blocks.
-        let (jobs, queue) = bounded::<Job>(workers * JOBS_PER_WORKER * migrations.max(1));
+        let (jobs, queue) = bounded::<Job>((workers + SPARE_JOBS) * migrations.max(1));
         for n in 0..workers {
             let queue: Receiver<Job> = queue.clone();
             thread::Builder::new().name(format!("codec-{n}")).spawn(move || {
@@ -50,7 +50,7 @@ impl Pool {
 
     /// One migration's share of the pool.
     pub(crate) fn share(&self) -> Share {
-        Share { pool: self.clone(), permits: Arc::new(Semaphore::new(self.workers * JOBS_PER_WORKER)) }
+        Share { pool: self.clone(), permits: Arc::new(Semaphore::new(self.workers + SPARE_JOBS)) }
     }
 }
 

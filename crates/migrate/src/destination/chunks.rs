@@ -24,7 +24,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tracing::{info, warn};
+use tracing::{Instrument, info, warn};
 
 use super::{Arrived, Incoming, sink_failure};
 use crate::control::Control;
@@ -110,7 +110,7 @@ pub(crate) async fn receive(
                         incoming: incoming.clone(),
                         events: events_tx.clone(),
                     };
-                    links.spawn(link.serve(arrival));
+                    links.spawn(link.serve(arrival).in_current_span());
                 }
                 None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
             },

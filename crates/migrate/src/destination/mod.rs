@@ -24,7 +24,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout, timeout_at};
-use tracing::{info, warn};
+use tracing::{Instrument, info, warn};
 
 use crate::control::{Control, Data, Event, Origin};
 use crate::counters::Counters;
@@ -113,7 +113,7 @@ async fn attempt(
     let origin = Origin::Accept(rejoins, acks_tx.subscribe());
     let (control, events, server) =
         Control::start(session.clone(), first, origin, Data::Receives(acks), counters.clone());
-    let server = tokio::spawn(server);
+    let server = tokio::spawn(server.in_current_span());
     let accepted = Accepted {
         job: Job {
             migration: id.clone(),
@@ -333,12 +333,13 @@ impl Run {
         let (incoming, control, end) =
             (self.incoming.clone(), self.control.clone(), self.stream_end.subscribe());
         let acks = self.acks.clone();
-        self.transport.spawn(async move {
+        let carry = async move {
             match incoming.session.path {
                 Path::V3 => chunks::receive(incoming, control, data, sink, &acks).await,
                 Path::V1 => bytes::receive(incoming, end, data, sink, &acks).await,
             }
-        });
+        };
+        self.transport.spawn(carry.in_current_span());
         self.report.set(|s| s.phase = Phase::Precopy);
         self.pilot.note("receiving", "").await;
         Ok(())
@@ -461,6 +462,7 @@ impl Run {
                 s.phase = Phase::Handover;
             }
         });
+        self.shared.count_unresolved();
         self.whole_if_so().await;
         if self.dark_since.is_some_and(|since| since.elapsed() > PATIENCE) && !self.whole {
             self.dark_since = None;

@@ -56,6 +56,7 @@ pub(crate) async fn send(
                 ring.rewind(joined.applied)?;
                 if ticket > 1 {
                     ring.out.counters.reconnects.add(1);
+                    ring.out.metrics.reconnected();
                 }
                 match ring.carry(reader, writer, &control, &mut segments, &mut peer).await? {
                     Carried::All(transfer) => return Ok(transfer),
@@ -89,6 +90,8 @@ struct Ring {
     /// The end of what was read.
     end: u64,
     ended: bool,
+    /// Since when something is unacknowledged.
+    busy_since: Option<Instant>,
 }
 
 impl Ring {
@@ -103,6 +106,7 @@ impl Ring {
             written: 0,
             end: 0,
             ended: false,
+            busy_since: None,
         }
     }
 
@@ -152,6 +156,11 @@ impl Ring {
             self.out.counters.rate.set(self.pace.rate() as u64);
         }
         self.applied = applied;
+        if self.applied == self.end
+            && let Some(since) = self.busy_since.take()
+        {
+            self.out.metrics.busy(None, since.elapsed());
+        }
         while let Some(first) = self.kept.front_mut().filter(|_| bytes > 0) {
             let part = bytes.min(first.len() as u64);
             first.advance(part as usize);
@@ -226,6 +235,7 @@ impl Ring {
                 () = sleep(wait), if !wait.is_zero() => {}
                 segment = segments.recv(), if has_room => match segment {
                     Some(segment) => {
+                        self.busy_since.get_or_insert_with(Instant::now);
                         self.end += segment.bytes.len() as u64;
                         self.kept.push_back(segment.bytes);
                     }

@@ -21,7 +21,7 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
-use tracing::{debug, info};
+use tracing::{Instrument, debug, info};
 
 use super::Outgoing;
 use crate::control::{DataEvent, RETRY};
@@ -46,11 +46,13 @@ pub(crate) async fn send(
 ) -> Result<Transfer, Failure> {
     let mut tasks = JoinSet::new();
     let (encoded_tx, mut encoded) = mpsc::channel(super::ingest::QUEUE);
-    tasks.spawn(encode(segments, out.share.clone(), compression(out.session.mode), encoded_tx));
+    let encoder = encode(segments, out.share.clone(), compression(out.session.mode), encoded_tx);
+    tasks.spawn(encoder.in_current_span());
     let streams = out.session.choice.streams;
     let (events_tx, mut events) = mpsc::channel(64);
     for n in 0..streams as u16 {
-        tasks.spawn(serve_link(out.dialler.clone(), out.clone(), LinkId(n), events_tx.clone()));
+        let link = serve_link(out.dialler.clone(), out.clone(), LinkId(n), events_tx.clone());
+        tasks.spawn(link.in_current_span());
     }
     drop(events_tx);
 
@@ -263,6 +265,7 @@ impl Stage {
                 self.seen_links += 1;
                 if self.seen_links > self.out.session.choice.streams {
                     self.out.counters.reconnects.add(1);
+                    self.out.metrics.reconnected();
                 }
             }
             LinkEvent::Down(link) => {

@@ -22,7 +22,7 @@ use dwcp_vmm::socket::MigrationListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
-use tracing::{debug, info, warn};
+use tracing::{Instrument, debug, info, warn};
 
 use crate::bucket::Bucket;
 use crate::control::{Control, Data, DataEvent, Event, Origin};
@@ -142,7 +142,7 @@ async fn attempt(
         Data::Sends(data_tx),
         counters.clone(),
     );
-    let server = tokio::spawn(server);
+    let server = tokio::spawn(server.in_current_span());
     let prepared = Prepared {
         job: Job {
             migration: id.clone(),
@@ -400,8 +400,8 @@ impl Run {
         let Some(data) = self.data.take() else { return Ok(()) };
         let (out, control) = (self.outgoing.clone(), self.control.clone());
         let report = self.report.clone();
-        self.transport.spawn(async move {
-            let read = ingest::ingest(stream, segments_tx, report);
+        let carry = async move {
+            let read = ingest::ingest(stream, out.session.mode, segments_tx, report);
             let send = async {
                 match out.session.path {
                     Path::V3 => chunks::send(out, segments, data).await,
@@ -414,7 +414,8 @@ impl Run {
                 // The end of the stream: whether it is a good one is the VMM's to say.
                 _ = &mut read => send.await,
             }
-        });
+        };
+        self.transport.spawn(carry.in_current_span());
         let counters = self.outgoing.counters.clone();
         self.monitor.spawn(monitor(self.guest.clone(), counters, self.info_tx.clone()));
         self.report.set(|s| s.phase = Phase::Precopy);

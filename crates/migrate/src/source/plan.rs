@@ -49,7 +49,8 @@ impl Downtime {
             return Err(Failure::new("downtime_unreachable", Blame::Operator, text, hint));
         }
         let left = asked - overhead;
-        Ok(Downtime { vmm: left / 2, in_flight: left / 2 })
+        // The last quarter is for what lies in the pipeline in front of the sender.
+        Ok(Downtime { vmm: left / 2, in_flight: left / 4 })
     }
 }
 
@@ -230,6 +231,9 @@ mod tests {
         assert_eq!(failure.code, "downtime_unreachable");
         assert!(failure.hint.contains("196ms"), "{failure}");
         let downtime = Downtime::divide(ms(300), ms(20), ms(5)).unwrap();
-        assert_eq!(downtime.vmm + downtime.in_flight, ms(300 - 30 - 15 - 20));
+        assert_eq!(
+            downtime.vmm + downtime.in_flight * 2,
+            ms(300 - 30 - 15 - 20 - 1) + Duration::from_micros(1000)
+        );
     }
 }
