@@ -26,6 +26,8 @@ const SILENCE: Duration = Duration::from_secs(4);
 pub(crate) const RETRY: Duration = Duration::from_millis(200);
 /// Between two acknowledgements: each costs both ends a record of TLS, and a window of two milliseconds is small everywhere.
 const ACK_PAUSE: Duration = Duration::from_millis(2);
+/// The same, to a peer that refuses.
+const RETRY_REFUSED: Duration = Duration::from_secs(3);
 /// Messages that may wait for the connection; more than a handover and a few refusals never come together.
 const QUEUE: usize = 64;
 
@@ -38,7 +40,7 @@ pub(crate) enum Event {
     Down(String),
     /// The peer said something.
     Message(Body),
-    /// There will be none any more: the peer refuses, or broke the protocol.
+    /// The peer refuses, or broke the protocol: there is no sense in going on, unless something was decided already.
     Lost(Failure),
 }
 
@@ -75,11 +77,11 @@ pub(crate) enum Data {
 }
 
 impl Control {
-    /// Starts serving the session's control connections, beginning with the one that opened it. The task ends with
-    /// `Event::Lost` or when `Control` and the events' receiver are dropped.
+    /// Starts serving the session's control connections, beginning with the one that opened it, if it stands. The task ends
+    /// when `Control` and the events' receiver are dropped.
     pub(crate) fn start(
         session: Arc<Session>,
-        first: (Reader, Writer),
+        first: Option<(Reader, Writer)>,
         origin: Origin,
         data: Data,
         counters: Arc<Counters>,
@@ -114,9 +116,14 @@ struct Server {
 }
 
 impl Server {
-    async fn run(mut self, first: (Reader, Writer), mut origin: Origin) {
-        let mut halves = first;
-        let mut ticket = 0;
+    async fn run(mut self, first: Option<(Reader, Writer)>, mut origin: Origin) {
+        let mut halves = match first {
+            Some(first) => first,
+            None => match self.again(&mut origin).await {
+                Some(halves) => halves,
+                None => return,
+            },
+        };
         loop {
             if self.events.send(Event::Up).await.is_err() {
                 return;
@@ -129,15 +136,15 @@ impl Server {
                 Some(error) => error,
                 None => return,
             };
-            if !error.is_transient() {
-                let _ = self.events.send(Event::Lost(error.failure())).await;
-                return;
-            }
             info!(%error, "control connection lost");
-            if self.events.send(Event::Down(error.to_string())).await.is_err() {
+            let (text, transient) = (error.to_string(), error.is_transient());
+            if !transient && self.events.send(Event::Lost(error.failure())).await.is_err() {
                 return;
             }
-            halves = match self.again(&mut origin, &mut ticket).await {
+            if self.events.send(Event::Down(text)).await.is_err() {
+                return;
+            }
+            halves = match self.again(&mut origin).await {
                 Some(halves) => halves,
                 None => return,
             };
@@ -146,18 +153,15 @@ impl Server {
     }
 
     /// The next connection; `None` once nobody waits for it any more.
-    async fn again(&mut self, origin: &mut Origin, ticket: &mut u64) -> Option<(Reader, Writer)> {
+    async fn again(&mut self, origin: &mut Origin) -> Option<(Reader, Writer)> {
         loop {
             let Server { session, messages, events, .. } = self;
             let attempt = async {
                 match origin {
-                    Origin::Dial(dialler) => {
-                        *ticket += 1;
-                        match dialler.join(session, Purpose::Control, 0, *ticket).await {
-                            Ok((reader, writer, _, _)) => Ok(Some((reader, writer))),
-                            Err(error) => Err(error),
-                        }
-                    }
+                    Origin::Dial(dialler) => match dialler.join(session, Purpose::Control, 0).await {
+                        Ok((reader, writer, _, _)) => Ok(Some((reader, writer))),
+                        Err(error) => Err(error),
+                    },
                     Origin::Accept(arrivals, state) => match arrivals.recv().await {
                         Some(arrival) => {
                             let ack = *state.borrow_and_update();
@@ -185,9 +189,12 @@ impl Server {
                     debug!(%error, "control connection not made again yet");
                     sleep(RETRY).await;
                 }
+                // Whoever decided already must not give up: the peer may come to know the session again.
                 Err(error) => {
-                    let _ = events.send(Event::Lost(error.failure())).await;
-                    return None;
+                    if events.send(Event::Lost(error.failure())).await.is_err() {
+                        return None;
+                    }
+                    sleep(RETRY_REFUSED).await;
                 }
             }
         }

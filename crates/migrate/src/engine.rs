@@ -33,7 +33,7 @@ use crate::report::Report;
 use crate::spec::{IncomingSpec, MigrateSpec, Vmm};
 use crate::status::{Phase, Role, Status};
 use crate::wire::link_failure;
-use crate::{journal, source};
+use crate::{journal, recovery, source};
 
 /// Whether v3 may be used now, and why; the flag source keeps it up to date.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,7 +143,8 @@ struct Registry {
     /// VMs that wait for their source, by name.
     waiting: HashMap<VmName, Waiting>,
     sessions: HashMap<SessionId, (Arc<Session>, mpsc::Sender<Arrival>)>,
-    closing: bool,
+    /// Since when the agent is stopping.
+    closing: Option<Instant>,
 }
 
 /// A migration and its task.
@@ -194,6 +195,8 @@ impl Engine {
             registry: Mutex::default(),
             config,
         });
+        // Before anybody is let in: a peer that asks for a session of the life before must find it.
+        recovery::recover(&shared).await;
         tokio::spawn(accept(Arc::downgrade(&shared), listener));
         Ok(Engine { shared })
     }
@@ -230,7 +233,8 @@ impl Engine {
             return Err(Failure::new("already_incoming", Blame::Operator, text, "cancel that one first"));
         }
         let guest = Guest::connect(&path).await?;
-        let findings = preflight::destination(&guest.qemu).await.map_err(qmp_failure)?;
+        let findings =
+            preflight::destination(&guest.reach().await.map_err(qmp_failure)?).await.map_err(qmp_failure)?;
         if let Some(failure) = source::failures(findings).into_iter().next() {
             return Err(failure);
         }
@@ -341,7 +345,7 @@ impl Engine {
     pub async fn shutdown(&self) {
         let tasks: Vec<_> = {
             let mut registry = self.shared.registry();
-            registry.closing = true;
+            registry.closing = Some(Instant::now());
             registry.waiting.clear();
             registry
                 .migrations
@@ -377,7 +381,7 @@ impl Shared {
     /// Looks into the registry if new work may begin.
     fn admits<T>(&self, look: impl FnOnce(&Registry) -> T) -> Result<T, Failure> {
         let registry = self.registry();
-        if registry.closing {
+        if registry.closing.is_some() {
             return Err(Failure::new(
                 "stopping",
                 Blame::Local,
@@ -425,6 +429,26 @@ impl Shared {
     fn offer_as_destination(&self) -> Offer {
         let gate = self.config.gate.borrow().clone();
         self.offer(!gate.veto, &gate)
+    }
+
+    /// A migration of an earlier life of this agent.
+    pub(crate) fn adopt(
+        &self,
+        report: Arc<Report>,
+        session: Option<(Arc<Session>, mpsc::Sender<Arrival>)>,
+        cancel: watch::Sender<bool>,
+        task: Option<JoinHandle<()>>,
+    ) {
+        let mut registry = self.registry();
+        if let Some((session, arrivals)) = session {
+            registry.sessions.insert(session.id, (session, arrivals));
+        }
+        registry.migrations.insert(report.status().id, Entry { report, cancel, task });
+    }
+
+    /// How long the agent has been stopping.
+    pub(crate) fn closing_for(&self) -> Duration {
+        self.registry().closing.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// The session is over; nobody may join it any more.
@@ -525,11 +549,12 @@ impl Shared {
         waiting: Waiting,
     ) -> Result<(), (Waiting, Option<Failure>)> {
         let looked = async {
-            let findings = preflight::destination(&waiting.guest.qemu).await.map_err(qmp_failure)?;
+            let qemu = waiting.guest.reach().await.map_err(qmp_failure)?;
+            let findings = preflight::destination(&qemu).await.map_err(qmp_failure)?;
             if let Some(failure) = source::failures(findings).into_iter().next() {
                 return Err(failure);
             }
-            let description = waiting.guest.qemu.describe().await.map_err(qmp_failure)?;
+            let description = qemu.describe().await.map_err(qmp_failure)?;
             description
                 .to_json()
                 .map_err(|e| Failure::new("description", Blame::Local, e.to_string(), "please report this"))

@@ -1,11 +1,13 @@
 //! The VMM beside this agent, in the words of the handover.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dwcp_proto::handover::VmmState;
-use dwcp_vmm::qmp::{MigrationStatus, Qemu, QmpConfig, QmpError, RunState};
+use dwcp_vmm::qmp::{Event, Events, MigrationStatus, Qemu, QmpConfig, QmpError, RunState};
+use dwcp_vmm::socket::SocketError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::time::{sleep, timeout};
@@ -19,20 +21,56 @@ const CANCELLING: Duration = Duration::from_secs(10);
 /// Between two looks at a state that QMP announces with no event.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// A VMM and its process.
+/// A VMM, over one QMP connection after another, and its process.
 pub(crate) struct Guest {
-    pub(crate) qemu: Qemu,
+    path: PathBuf,
+    reached: Mutex<Option<Reached>>,
+}
+
+/// A VMM that was reached.
+#[derive(Clone)]
+struct Reached {
+    qemu: Qemu,
     /// The process, held so that its number cannot come to mean another.
-    process: Option<OwnedFd>,
+    process: Option<Arc<OwnedFd>>,
+    /// The process was seen to have ended.
+    ended: bool,
 }
 
 impl Guest {
     /// Connects to the QMP socket at `path`.
     pub(crate) async fn connect(path: &Path) -> Result<Self, Failure> {
-        let qemu = Qemu::connect(path, QmpConfig::default()).await.map_err(qmp_failure)?;
+        let guest = Self::at(path);
+        guest.reach().await.map_err(qmp_failure)?;
+        Ok(guest)
+    }
+
+    /// A VMM that may be out of reach for now.
+    pub(crate) fn at(path: &Path) -> Self {
+        Guest { path: path.to_owned(), reached: Mutex::new(None) }
+    }
+
+    /// The QMP socket.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn reached(&self) -> MutexGuard<'_, Option<Reached>> {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VMM, connected to anew if its last connection ended and the process lives.
+    pub(crate) async fn reach(&self) -> Result<Qemu, QmpError> {
+        if let Some(reached) = &*self.reached()
+            && (reached.qemu.qmp().ended().is_none() || reached.has_ended())
+        {
+            return Ok(reached.qemu.clone());
+        }
+        let qemu = Qemu::connect(&self.path, QmpConfig::default()).await?;
         let pid = qemu.qmp().pid().and_then(Pid::from_raw);
-        let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Ok(Guest { qemu, process })
+        let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).map(Arc::new);
+        *self.reached() = Some(Reached { qemu: qemu.clone(), process, ended: false });
+        Ok(qemu)
     }
 
     /// Waits until the process has ended. For ever if that cannot be observed.
@@ -44,10 +82,13 @@ impl Guest {
 
     /// Whether the process is known to have ended.
     pub(crate) fn is_gone(&self) -> bool {
-        let Some(process) = &self.process else { return false };
-        // A pidfd is readable once its process has ended: pidfd_open(2).
-        let mut fds = [PollFd::new(process, PollFlags::IN)];
-        matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
+        match &mut *self.reached() {
+            Some(reached) => {
+                reached.ended |= reached.has_ended();
+                reached.ended
+            }
+            None => false,
+        }
     }
 
     async fn gone_within(&self, limit: Duration) -> bool {
@@ -75,22 +116,39 @@ impl Guest {
     }
 
     async fn observe(&self, meaning: impl Fn(RunState) -> VmmState) -> Option<VmmState> {
-        match self.qemu.run_state().await {
+        if self.is_gone() {
+            return Some(VmmState::Gone);
+        }
+        let state = match self.reach().await {
+            Ok(qemu) => qemu.run_state().await,
+            // The socket is there and nobody has it open: whoever made it has ended. connect(2).
+            Err(QmpError::Connect { source: SocketError::NobodyListens { .. }, .. }) => {
+                return Some(VmmState::Gone);
+            }
+            Err(error) => Err(error),
+        };
+        match state {
             Ok(state) => Some(meaning(state)),
             Err(QmpError::Closed { .. }) if self.gone_within(DYING).await => Some(VmmState::Gone),
             Err(_) => None,
         }
     }
 
+    /// The VMM's own words for why its migration failed.
+    pub(crate) async fn last_error(&self) -> Option<String> {
+        self.reach().await.ok()?.migration().await.ok()?.error
+    }
+
     /// Cancels the outgoing migration and waits for its end.
     pub(crate) async fn cancel(&self) -> Result<Option<VmmState>, QmpError> {
-        match self.qemu.cancel().await {
+        let Ok(qemu) = self.reach().await else { return Ok(self.at_source().await) };
+        match qemu.cancel().await {
             Err(error) if error.is_refusal() => return Err(error),
             _ => {}
         }
         let ended = async {
             loop {
-                match self.qemu.migration().await {
+                match qemu.migration().await {
                     Ok(info) if info.status.as_ref().is_none_or(is_over) => return,
                     Ok(_) => sleep(LOOK).await,
                     Err(_) => return,
@@ -105,7 +163,11 @@ impl Guest {
 
     /// Lets the guest run; the state after it.
     pub(crate) async fn cont(&self, at_source: bool) -> Result<Option<VmmState>, QmpError> {
-        match self.qemu.cont().await {
+        let outcome = match self.reach().await {
+            Ok(qemu) => qemu.cont().await,
+            Err(error) => Err(error),
+        };
+        match outcome {
             Err(error) if error.is_refusal() => Err(error),
             _ if at_source => Ok(self.at_source().await),
             _ => Ok(self.at_destination().await),
@@ -114,10 +176,30 @@ impl Guest {
 
     /// Ends the VMM.
     pub(crate) async fn quit(&self) -> Result<Option<VmmState>, QmpError> {
-        match self.qemu.quit().await {
+        let Ok(qemu) = self.reach().await else {
+            return Ok(self.at_source().await.filter(|s| *s == VmmState::Gone));
+        };
+        match qemu.quit().await {
             Err(error) if error.is_refusal() => Err(error),
             _ => Ok(self.gone_within(DYING).await.then_some(VmmState::Gone)),
         }
+    }
+}
+
+impl Reached {
+    fn has_ended(&self) -> bool {
+        let Some(process) = &self.process else { return self.ended };
+        // A pidfd is readable once its process has ended: pidfd_open(2).
+        let mut fds = [PollFd::new(process, PollFlags::IN)];
+        self.ended || matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
+    }
+}
+
+/// The next event of a VMM, `None` once there are no more; pending where there never were.
+pub(crate) async fn next_event(events: &mut Option<Events>) -> Option<Event> {
+    match events {
+        Some(events) => events.recv().await.ok(),
+        None => std::future::pending().await,
     }
 }
 

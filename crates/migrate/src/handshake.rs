@@ -124,7 +124,6 @@ impl Dialler {
         session: &Session,
         purpose: Purpose,
         link: u32,
-        ticket: u64,
     ) -> Result<(Reader, Writer, Gauge, Joined), WireError> {
         let plain = session.choice.plain && purpose != Purpose::Control;
         let conn = match plain {
@@ -145,12 +144,11 @@ impl Dialler {
                 bytes32(&nonce)?
             }
         };
-        let signed = self.key.sign(&join_message(&session.id, purpose, link, ticket, &binding));
+        let signed = self.key.sign(&join_message(&session.id, purpose, link, &binding));
         let join = Join {
             session: session.id.0.to_vec(),
             purpose: purpose as i32,
             link,
-            ticket,
             signature: signed.to_vec(),
         };
         write_message(&mut writer, Body::Join(join)).await?;
@@ -158,7 +156,7 @@ impl Dialler {
         let Body::Joined(joined) = body else {
             return Err(WireError::Unexpected { got: body.kind(), expected: "joined" });
         };
-        let message = joined_message(&session.id, joined.next, joined.applied, ticket, &binding);
+        let message = joined_message(&session.id, joined.next, joined.applied, &binding);
         if !session.peer.verify(&message, &signature(&joined.signature)?) {
             return Err(WireError::Refused(forged("joined")));
         }
@@ -327,7 +325,6 @@ impl Greeted {
 pub(crate) struct Arrival {
     pub(crate) purpose: Purpose,
     pub(crate) link: u32,
-    pub(crate) ticket: u64,
     binding: [u8; 32],
     reader: Reader,
     writer: Writer,
@@ -356,12 +353,12 @@ impl Joining {
             Some(peer) => peer == &session.peer && (purpose == Purpose::Control || !session.choice.plain),
             None => session.choice.plain && purpose != Purpose::Control,
         };
-        let message = join_message(&session.id, purpose, self.join.link, self.join.ticket, &self.binding);
+        let message = join_message(&session.id, purpose, self.join.link, &self.binding);
         if !right_kind || !session.peer.verify(&message, &signed) {
             return Err((self, forged("join")));
         }
         let Joining { join, binding, reader, writer, .. } = *self;
-        Ok(Arrival { purpose, link: join.link, ticket: join.ticket, binding, reader, writer })
+        Ok(Arrival { purpose, link: join.link, binding, reader, writer })
     }
 }
 
@@ -373,7 +370,7 @@ impl Arrival {
         next: u64,
         applied: u64,
     ) -> Result<(Reader, Writer), WireError> {
-        let message = joined_message(&session.id, next, applied, self.ticket, &self.binding);
+        let message = joined_message(&session.id, next, applied, &self.binding);
         let joined = Joined { next, applied, signature: session.key.sign(&message).to_vec() };
         write_message(&mut self.writer, Body::Joined(joined)).await?;
         Ok((self.reader, self.writer))

@@ -1,12 +1,12 @@
 //! Journals on disk: one file a migration and side, appended and synced; the format is `dwcp_proto::journal`'s.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use dwcp_proto::journal::{Chain, Entry, JournalError, Note, encode};
+use dwcp_proto::journal::{Chain, Entry, JournalError, MAX_JOURNAL, Note, Replay, encode, replay};
 use dwcp_proto::{MigrationId, Side};
 
 /// Why a journal could not be written.
@@ -18,6 +18,15 @@ pub(crate) enum WriteError {
     Io { path: PathBuf, source: io::Error },
     #[error("the journal's thread failed")]
     Thread,
+}
+
+/// Why a journal could not be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenError {
+    #[error(transparent)]
+    Format(#[from] JournalError),
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
 }
 
 /// An open journal. Writes go through a blocking thread and are awaited, one at a time.
@@ -60,6 +69,18 @@ impl Journal {
         .map_err(|_| WriteError::Thread)?
         .map_err(|source| WriteError::Io { path: path.clone(), source })?;
         Ok(Journal { path, inner: Some(Inner { file, chain: Chain::default(), len: 0 }) })
+    }
+
+    /// Opens the journal of a migration that an earlier life of this agent began; cut back to what was whole.
+    pub(crate) fn open(path: &Path) -> Result<(Self, Replay), OpenError> {
+        let io = |source| OpenError::Io { path: path.to_owned(), source };
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
+        let mut bytes = Vec::new();
+        file.take(MAX_JOURNAL as u64 + 1).read_to_end(&mut bytes).map_err(io)?;
+        let replay = replay(&bytes)?;
+        let file = OpenOptions::new().write(true).open(path).map_err(io)?;
+        let inner = Inner { file, chain: replay.chain, len: replay.len };
+        Ok((Journal { path: path.to_owned(), inner: Some(inner) }, replay))
     }
 
     /// Appends a decision; it is durable when this returns. Also says how long the disk took.
@@ -119,7 +140,6 @@ mod tests {
 
     use super::*;
     use dwcp_proto::handover::AbortReason;
-    use dwcp_proto::journal::replay;
 
     #[tokio::test]
     async fn what_was_appended_replays() {

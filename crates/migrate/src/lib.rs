@@ -24,6 +24,7 @@ mod journal;
 pub mod metrics;
 mod pilot;
 mod pool;
+mod recovery;
 mod report;
 mod source;
 pub mod spec;

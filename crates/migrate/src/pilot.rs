@@ -187,13 +187,20 @@ impl Pilot {
         let outcome: Result<Option<VmmState>, QmpError> = match command {
             VmmCommand::StartMigration | VmmCommand::AcceptStream => return None,
             VmmCommand::CancelMigration => guest.cancel().await,
-            VmmCommand::StopWhileIncoming => match guest.qemu.stop().await {
-                Ok(()) => Ok(guest.at_destination().await),
+            VmmCommand::StopWhileIncoming => match guest.reach().await {
+                Ok(qemu) => match qemu.stop().await {
+                    Ok(()) => Ok(guest.at_destination().await),
+                    Err(error) => Err(error),
+                },
                 Err(error) => Err(error),
             },
             VmmCommand::Cont => guest.cont(at_source).await,
             VmmCommand::AnnounceSelf => {
-                if let Err(error) = guest.qemu.announce_self().await {
+                let announced = match guest.reach().await {
+                    Ok(qemu) => qemu.announce_self().await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = announced {
                     warn!(%error, "the guest's addresses were not announced; the network learns them from its traffic");
                 }
                 return None;

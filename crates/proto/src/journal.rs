@@ -14,6 +14,8 @@
 //! - The writer appends, syncs, and only then takes [`Line::next`] for its chain. After a failed write it cuts the file back to
 //!   its last durable length before it writes again; [`Replay::len`] is that length after a restart.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::handover::{AbortReason, Afterwards, Resolution, Transfer};
@@ -90,6 +92,11 @@ pub struct Job {
     pub vm: VmName,
     /// The node at the other end.
     pub peer: NodeName,
+    /// Its public key, by which its words are still known after a restart.
+    #[serde(with = "hex32")]
+    pub peer_key: [u8; 32],
+    /// Where its agent listens; only the source knows, since it is the one who dials.
+    pub peer_addr: Option<SocketAddr>,
     /// The VMM's QMP socket, or the relay's.
     pub qmp: String,
     /// The session, as hexadecimal digits.
@@ -390,6 +397,8 @@ mod tests {
             migration: MigrationId::new("m-1").unwrap(),
             vm: VmName::new("web").unwrap(),
             peer: NodeName::new("hv-02").unwrap(),
+            peer_key: [5; 32],
+            peer_addr: "[::1]:7400".parse().ok(),
             qmp: "/run/vm/\"web\"\n.qmp".into(),
             session: SessionId([0xab; 32]),
             path: "v3".into(),

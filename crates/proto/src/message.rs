@@ -266,11 +266,8 @@ pub struct Join {
     /// Which data connection of the session.
     #[prost(uint32, tag = "3")]
     pub link: u32,
-    /// Rises with every join of the session, so that none can be used twice.
-    #[prost(uint64, tag = "4")]
-    pub ticket: u64,
     /// The source's signature: see `session::join_message`.
-    #[prost(bytes = "vec", tag = "5")]
+    #[prost(bytes = "vec", tag = "4")]
     pub signature: Vec<u8>,
 }
 

@@ -53,15 +53,15 @@ pub fn confirm_message(side: Side, session: &SessionId) -> Vec<u8> {
     compose("confirm", side, session, &[])
 }
 
-/// What `Join` signs. `binding` is the connection's TLS exporter secret, or the challenge on a plain one.
+/// What `Join` signs. `binding` is the connection's TLS exporter secret, or the challenge on a plain one: both are this connection's
+/// alone, so no join can be used twice.
 pub fn join_message(
     session: &SessionId,
     purpose: Purpose,
     link: u32,
-    ticket: u64,
     binding: &[u8; 32],
 ) -> Vec<u8> {
-    let numbers = [&(purpose as i32).to_be_bytes()[..], &link.to_be_bytes(), &ticket.to_be_bytes()].concat();
+    let numbers = [&(purpose as i32).to_be_bytes()[..], &link.to_be_bytes()].concat();
     compose("join", Side::Source, session, &[&numbers, binding])
 }
 
@@ -70,10 +70,9 @@ pub fn joined_message(
     session: &SessionId,
     next: u64,
     applied: u64,
-    ticket: u64,
     binding: &[u8; 32],
 ) -> Vec<u8> {
-    let numbers = [next.to_be_bytes(), applied.to_be_bytes(), ticket.to_be_bytes()].concat();
+    let numbers = [next.to_be_bytes(), applied.to_be_bytes()].concat();
     compose("joined", Side::Destination, session, &[&numbers, binding])
 }
 
@@ -140,11 +139,10 @@ mod tests {
         let messages = [
             confirm_message(Side::Source, &id),
             confirm_message(Side::Destination, &id),
-            join_message(&id, Purpose::Control, 0, 1, &bind),
-            join_message(&id, Purpose::Chunks, 0, 1, &bind),
-            join_message(&id, Purpose::Chunks, 1, 1, &bind),
-            join_message(&id, Purpose::Chunks, 0, 2, &bind),
-            joined_message(&id, 0, 0, 1, &bind),
+            join_message(&id, Purpose::Control, 0, &bind),
+            join_message(&id, Purpose::Chunks, 0, &bind),
+            join_message(&id, Purpose::Chunks, 1, &bind),
+            joined_message(&id, 0, 0, &bind),
             handover_message(Side::Source, &id, b"x"),
             handover_message(Side::Destination, &id, b"x"),
         ];

@@ -8,7 +8,6 @@
 mod bytes;
 mod chunks;
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -23,21 +22,22 @@ use dwcp_vmm::socket;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, timeout, timeout_at};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{Instrument, info, warn};
 
 use crate::control::{Control, Data, Event, Origin};
 use crate::counters::Counters;
 use crate::engine::Shared;
 use crate::error::{Blame, Failure};
-use crate::guest::{Guest, qmp_failure};
+use crate::guest::{Guest, next_event, qmp_failure};
 use crate::handshake::{Arrival, Session};
 use crate::journal::{Journal, WriteError};
-use crate::metrics::Metrics;
+use crate::metrics::{InFlight, Metrics};
 use crate::pilot::{Machine, Pilot, Step};
 use crate::pool::Share;
+use crate::recovery::{self, Revived};
 use crate::report::Report;
-use crate::source::asked;
+use crate::source::{asked, closing};
 use crate::spec::{IncomingSpec, Leave};
 use crate::status::Phase;
 
@@ -81,7 +81,7 @@ pub(crate) async fn run(
     let mut in_flight = shared.metrics.in_flight();
     in_flight.path(agreed.session.path);
     let session = agreed.session.id;
-    if let Err(error) = attempt(&shared, agreed, &report, cancel).await {
+    if let Err(error) = attempt(&shared, agreed, &report, cancel, in_flight).await {
         let failure = Failure::new(
             "journal_failed",
             Blame::Local,
@@ -90,9 +90,9 @@ pub(crate) async fn run(
         );
         warn!("{failure}");
         report.end(Phase::Aborted, Some(failure));
+        shared.metrics.ended(&report.status());
     }
     shared.forget(&session);
-    shared.metrics.ended(&report.status());
 }
 
 async fn attempt(
@@ -100,6 +100,7 @@ async fn attempt(
     agreed: Agreed,
     report: &Arc<Report>,
     cancel: watch::Receiver<bool>,
+    in_flight: InFlight,
 ) -> Result<(), WriteError> {
     let Agreed { id, spec, guest, session, control: first, arrivals } = agreed;
     let session = Arc::new(session);
@@ -112,14 +113,16 @@ async fn attempt(
     let counters = report.counters.clone();
     let origin = Origin::Accept(rejoins, acks_tx.subscribe());
     let (control, events, server) =
-        Control::start(session.clone(), first, origin, Data::Receives(acks), counters.clone());
+        Control::start(session.clone(), Some(first), origin, Data::Receives(acks), counters.clone());
     let server = tokio::spawn(server.in_current_span());
     let accepted = Accepted {
         job: Job {
             migration: id.clone(),
             vm: spec.vm.clone(),
             peer: spec.from.clone(),
-            qmp: guest.qemu.qmp().path().display().to_string(),
+            peer_key: *session.peer.as_bytes(),
+            peer_addr: None,
+            qmp: guest.path().display().to_string(),
             session: session.id,
             path: session.path.name().to_owned(),
             started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
@@ -137,30 +140,51 @@ async fn attempt(
         counters,
         metrics: shared.metrics.clone(),
     };
-    let mut run = Run {
-        shared: shared.clone(),
-        id,
-        report: report.clone(),
-        pilot: Pilot::new(machine, journal, session, control.clone(), guest.clone()),
-        guest,
-        control,
-        incoming,
-        acks: acks_tx,
-        rejoins: rejoins_tx,
-        data: None,
-        stream_end: watch::Sender::new(None),
-        tickets: HashMap::new(),
-        transport: JoinSet::new(),
-        arrived: None,
-        whole: false,
-        failure: None,
-        outcome: None,
-        dark_since: None,
-    };
+    let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
+    let mut run = Run::new(shared, &id, report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
+    run.in_flight = Some(in_flight);
     run.drive(events, arrivals, cancel).await;
     drop(run);
     let _ = timeout(LINGER, server).await;
     Ok(())
+}
+
+/// Goes on with a migration of an earlier life of this agent, from its journal: before the receipt it is dropped, after it the source
+/// is asked, after the commit the guest is run. Returns once the source, too, knows how it ended.
+pub(crate) async fn resume(
+    shared: Arc<Shared>,
+    revived: Revived,
+    arrivals: mpsc::Receiver<Arrival>,
+    report: Arc<Report>,
+    cancel: watch::Receiver<bool>,
+) {
+    let Revived { id, session, guest, journal, entries, .. } = revived;
+    let guest = Arc::new(guest);
+    let machine = match Destination::recover(&entries, guest.at_destination().await) {
+        Ok(machine) => Machine::Destination(machine),
+        Err(error) => return report.end(Phase::Failed, Some(recovery::undecided(&error))),
+    };
+    let (acks_tx, acks) = watch::channel(Ack::default());
+    let (rejoins_tx, rejoins) = mpsc::channel(ARRIVALS);
+    let counters = report.counters.clone();
+    let origin = Origin::Accept(rejoins, acks_tx.subscribe());
+    let (control, events, server) =
+        Control::start(session.clone(), None, origin, Data::Receives(acks), counters.clone());
+    let server = tokio::spawn(server.in_current_span());
+    let incoming = Incoming {
+        session: session.clone(),
+        share: shared.pool.share(),
+        counters,
+        metrics: shared.metrics.clone(),
+    };
+    let known = session.id;
+    let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
+    let mut run = Run::new(&shared, &id, &report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
+    run.dark_since = Some(Instant::now());
+    run.drive(events, arrivals, cancel).await;
+    drop(run);
+    let _ = timeout(LINGER, server).await;
+    shared.forget(&known);
 }
 
 /// Everything was given to the VMM.
@@ -186,25 +210,58 @@ struct Run {
     data: Option<mpsc::Sender<Arrival>>,
     /// The length of the v1 stream, once the source has told it.
     stream_end: watch::Sender<Option<u64>>,
-    /// The last ticket of each connection: none is taken twice.
-    tickets: HashMap<(Purpose, u32), u64>,
     transport: JoinSet<Result<Arrived, Failure>>,
     arrived: Option<Arrived>,
     whole: bool,
     failure: Option<Failure>,
     outcome: Option<Outcome>,
+    /// Counts as running until it has ended.
+    in_flight: Option<InFlight>,
     dark_since: Option<Instant>,
 }
 
 impl Run {
+    #[allow(clippy::too_many_arguments, reason = "the parts of one state, made in one place")]
+    fn new(
+        shared: &Arc<Shared>,
+        id: &MigrationId,
+        report: &Arc<Report>,
+        pilot: Pilot,
+        guest: Arc<Guest>,
+        control: Control,
+        incoming: Incoming,
+        acks: watch::Sender<Ack>,
+        rejoins: mpsc::Sender<Arrival>,
+    ) -> Self {
+        Run {
+            shared: shared.clone(),
+            id: id.clone(),
+            report: report.clone(),
+            pilot,
+            guest,
+            control,
+            incoming,
+            acks,
+            rejoins,
+            data: None,
+            stream_end: watch::Sender::new(None),
+            transport: JoinSet::new(),
+            arrived: None,
+            whole: false,
+            failure: None,
+            outcome: None,
+            in_flight: None,
+            dark_since: None,
+        }
+    }
+
     async fn drive(
         &mut self,
         mut events: mpsc::Receiver<Event>,
         mut arrivals: mpsc::Receiver<Arrival>,
         mut cancel: watch::Receiver<bool>,
     ) {
-        let mut qmp = self.guest.qemu.events();
-        let mut qmp_open = true;
+        let mut qmp = self.guest.reach().await.ok().map(|qemu| qemu.events());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut retry = interval(RETRY);
@@ -223,9 +280,9 @@ impl Run {
                     None => self.fail(AbortReason::LinkLost, ended()).await,
                 },
                 Some(arrival) = arrivals.recv() => self.arrival(arrival).await,
-                event = qmp.recv(), if qmp_open => match event {
-                    Ok(event) => self.qmp_event(event).await,
-                    Err(_) => qmp_open = false,
+                event = next_event(&mut qmp) => match event {
+                    Some(event) => self.qmp_event(event).await,
+                    None => qmp = None,
                 },
                 Some(done) = self.transport.join_next() => match done {
                     Ok(Ok(arrived)) => {
@@ -253,18 +310,21 @@ impl Run {
                 }
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 _ = tick.tick() => self.look().await,
+                // What cannot be ended now is gone on with from the journal.
+                true = closing(&self.shared) => return,
             }
         }
         self.finish().await;
-        // The source must learn how it ended; it may have to come back for it.
-        let until = tokio::time::Instant::now() + LINGER;
+        // The source must learn how it ended, whenever it comes back to ask; the journal answers for longer than this agent lives.
         while !self.pilot.settled() {
             tokio::select! {
-                event = timeout_at(until, events.recv()) => match event {
-                    Ok(Some(event)) => self.control_event(event).await,
-                    _ => break,
+                event = events.recv() => match event {
+                    Some(event) => self.control_event(event).await,
+                    None => return,
                 },
                 Some(arrival) = arrivals.recv() => self.arrival(arrival).await,
+                _ = retry.tick() => self.feed(Input::Retry).await,
+                true = closing(&self.shared) => return,
             }
         }
     }
@@ -314,7 +374,7 @@ impl Run {
 
     /// Lets QEMU listen, connects to it, and starts the data path.
     async fn start(&mut self) -> Result<(), Failure> {
-        let qemu = &self.guest.qemu;
+        let qemu = self.guest.reach().await.map_err(qmp_failure)?;
         let off =
             ["return-path", "xbzrle", "compress", "multifd", "postcopy-ram", "x-ignore-shared", "x-colo"];
         let mut capabilities = vec![("events", true), ("late-block-activate", true)];
@@ -371,16 +431,8 @@ impl Run {
         }
     }
 
-    /// A connection of this session: each ticket counts once.
+    /// A connection of this session.
     async fn arrival(&mut self, arrival: Arrival) {
-        let last = self.tickets.entry((arrival.purpose, arrival.link)).or_default();
-        if arrival.ticket <= *last {
-            self.shared.metrics.byzantine_attempt("ticket_replay");
-            let failure =
-                Failure::new("ticket_replay", Blame::PeerMisbehaving, "this join was used before", "");
-            return arrival.refuse(&failure).await;
-        }
-        *last = arrival.ticket;
         let fits = match (arrival.purpose, self.incoming.session.path) {
             (Purpose::Control, _) => true,
             (Purpose::Chunks, Path::V3) => arrival.link < self.incoming.session.choice.streams,
@@ -412,7 +464,7 @@ impl Run {
         match event.kind() {
             EventKind::Migration(MigrationStatus::Completed) => self.whole_if_so().await,
             EventKind::Migration(MigrationStatus::Failed) => {
-                let why = self.guest.qemu.migration().await.ok().and_then(|info| info.error);
+                let why = self.guest.last_error().await;
                 let text =
                     format!("QEMU could not load the guest: {}", why.as_deref().unwrap_or("see its log"));
                 let advice = AbortReason::VmmFailedDestination.advice();
@@ -428,7 +480,7 @@ impl Run {
         let Some(transfer) = self.arrived.as_ref().filter(|_| !self.whole).map(|a| a.transfer) else {
             return;
         };
-        let qemu = &self.guest.qemu;
+        let Ok(qemu) = self.guest.reach().await else { return };
         let (Ok(info), Ok(state)) = (qemu.migration().await, qemu.run_state().await) else { return };
         if info.status != Some(MigrationStatus::Completed) || state == RunState::InMigrate {
             return;
@@ -492,8 +544,11 @@ impl Run {
                 self.report.end(Phase::Failed, Some(Failure::new("guest_lost", Blame::Vmm, text, hint)));
             }
         }
-        let phase = self.report.status().phase;
-        self.pilot.note("ended", format!("{phase:?}")).await;
+        let status = self.report.status();
+        self.in_flight = None;
+        self.shared.metrics.ended(&status);
+        self.shared.count_unresolved();
+        self.pilot.note("ended", format!("{:?}", status.phase)).await;
     }
 }
 

@@ -31,15 +31,15 @@ pub(crate) async fn send(
     mut peer: mpsc::Receiver<DataEvent>,
 ) -> Result<Transfer, Failure> {
     let mut ring = Ring::new(out);
-    let mut ticket = 0;
+    let (mut again, mut connected) = (false, false);
     loop {
-        ticket += 1;
         let (dialler, session) = (ring.out.dialler.clone(), ring.out.session.clone());
+        let pause = again;
         let join = async {
-            if ticket > 1 {
+            if pause {
                 sleep(RETRY).await;
             }
-            dialler.join(&session, Purpose::Bytes, 0, ticket).await
+            dialler.join(&session, Purpose::Bytes, 0).await
         };
         tokio::pin!(join);
         let joined = loop {
@@ -54,10 +54,11 @@ pub(crate) async fn send(
         let error = match joined {
             Ok((reader, writer, _, joined)) => {
                 ring.rewind(joined.applied)?;
-                if ticket > 1 {
+                if connected {
                     ring.out.counters.reconnects.add(1);
                     ring.out.metrics.reconnected();
                 }
+                connected = true;
                 match ring.carry(reader, writer, &control, &mut segments, &mut peer).await? {
                     Carried::All(transfer) => return Ok(transfer),
                     Carried::Until(error) => error,
@@ -69,6 +70,7 @@ pub(crate) async fn send(
             return Err(error.failure());
         }
         info!(%error, "v1 connection lost or not made");
+        again = true;
     }
 }
 

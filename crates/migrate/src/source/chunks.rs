@@ -303,10 +303,8 @@ fn broken(error: SenderError) -> Failure {
 
 /// Keeps one data connection up and writes the chunks that it is given.
 async fn serve_link(dialler: Dialler, out: Outgoing, link: LinkId, events: mpsc::Sender<LinkEvent>) {
-    let mut ticket = 0;
     loop {
-        ticket += 1;
-        let error = match dialler.join(&out.session, Purpose::Chunks, link.0.into(), ticket).await {
+        let error = match dialler.join(&out.session, Purpose::Chunks, link.0.into()).await {
             Ok((reader, writer, gauge, _)) => {
                 let (chunks_tx, chunks) = mpsc::channel(LINK_QUEUE as usize);
                 if events.send(LinkEvent::Up(link, chunks_tx, gauge)).await.is_err() {

@@ -13,6 +13,7 @@ mod plan;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use dwcp_link::DialOptions;
 use dwcp_proto::handover::{AbortReason, Afterwards, Input, Outcome, Source, Transfer, VmmState};
 use dwcp_proto::journal::{Job, Prepared};
 use dwcp_proto::message::Body;
@@ -21,7 +22,7 @@ use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus
 use dwcp_vmm::socket::MigrationListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tracing::{Instrument, debug, info, warn};
 
 use crate::bucket::Bucket;
@@ -29,12 +30,13 @@ use crate::control::{Control, Data, DataEvent, Event, Origin};
 use crate::counters::Counters;
 use crate::engine::Shared;
 use crate::error::{Blame, Failure};
-use crate::guest::{Guest, qmp_failure};
+use crate::guest::{Guest, next_event, qmp_failure};
 use crate::handshake::{Dialler, Session};
 use crate::journal::Journal;
 use crate::metrics::{InFlight, Metrics};
 use crate::pilot::{Machine, Pilot, Step};
 use crate::pool::Share;
+use crate::recovery::{self, Revived};
 use crate::report::Report;
 use crate::spec::{Leave, MigrateSpec};
 use crate::status::Phase;
@@ -53,6 +55,8 @@ const TELL_RATE: f64 = 0.1;
 const SWITCHOVER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long precopy waits for a lost link.
 const PRECOPY_PATIENCE: Duration = Duration::from_secs(3600);
+/// How long a migration that is asked to end at the agent's stop may take.
+const GRACE: Duration = Duration::from_secs(8);
 /// How long the last word may take to reach the peer after the end.
 const LINGER: Duration = Duration::from_secs(2);
 /// How long QEMU may take to connect to our socket once it was told to migrate.
@@ -95,12 +99,12 @@ pub(crate) async fn run(
     report: Arc<Report>,
     cancel: watch::Receiver<bool>,
 ) {
-    let mut in_flight = shared.metrics.in_flight();
-    if let Err(failure) = attempt(&shared, &id, spec, &report, cancel, &mut in_flight).await {
+    let in_flight = shared.metrics.in_flight();
+    if let Err(failure) = attempt(&shared, &id, spec, &report, cancel, in_flight).await {
         warn!(code = %failure.code, "{failure}");
         report.end(Phase::Aborted, Some(failure));
+        shared.metrics.ended(&report.status());
     }
-    shared.metrics.ended(&report.status());
 }
 
 /// An error is a failure before anything was touched.
@@ -110,7 +114,7 @@ async fn attempt(
     spec: MigrateSpec,
     report: &Arc<Report>,
     mut cancel: watch::Receiver<bool>,
-    in_flight: &mut InFlight,
+    mut in_flight: InFlight,
 ) -> Result<(), Failure> {
     let deadline = spec.deadline.map(|d| Instant::now() + d);
     let prepare = async {
@@ -137,7 +141,7 @@ async fn attempt(
     let (data_tx, data) = mpsc::channel(DATA_EVENTS);
     let (control, events, server) = Control::start(
         session.clone(),
-        first,
+        Some(first),
         Origin::Dial(dialler.clone()),
         Data::Sends(data_tx),
         counters.clone(),
@@ -148,7 +152,9 @@ async fn attempt(
             migration: id.clone(),
             vm: spec.vm.clone(),
             peer: spec.to.clone(),
-            qmp: guest.qemu.qmp().path().display().to_string(),
+            peer_key: *session.peer.as_bytes(),
+            peer_addr: Some(spec.addr),
+            qmp: guest.path().display().to_string(),
             session: session.id,
             path: session.path.name().to_owned(),
             started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
@@ -171,38 +177,73 @@ async fn attempt(
         budget: downtime.in_flight,
         bucket: Arc::new(Mutex::new(Bucket::new(spec.bandwidth_limit))),
     };
-    let (info_tx, info) = mpsc::channel(1);
-    let mut run = Run {
-        shared: shared.clone(),
-        id: id.clone(),
-        report: report.clone(),
-        pilot,
-        guest,
-        control,
-        outgoing,
-        vmm_limit: downtime.vmm,
-        deadline,
-        failure: None,
-        outcome: None,
-        transport: JoinSet::new(),
-        data: Some(data),
-        monitor: JoinSet::new(),
-        info_tx,
-        info,
-        transfer: None,
-        vmm_done: false,
-        whole: false,
-        stopped_at: None,
-        heard_at: None,
-        dark_since: None,
-        fraction: 0.0,
-        carried: (0, 0),
-    };
+    let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
+    run.vmm_limit = downtime.vmm;
+    run.deadline = deadline;
+    run.data = Some(data);
+    run.in_flight = Some(in_flight);
     run.drive(events, cancel).await;
     // Dropping the control lets its task say what is queued, then close.
     drop(run);
     let _ = timeout(LINGER, server).await;
     Ok(())
+}
+
+/// Goes on with a migration of an earlier life of this agent, from its journal: before the commit it is taken back, after it the
+/// handover is finished. Returns once the destination, too, knows how it ended.
+pub(crate) async fn resume(
+    shared: Arc<Shared>,
+    revived: Revived,
+    report: Arc<Report>,
+    cancel: watch::Receiver<bool>,
+) {
+    let Revived { id, session, guest, journal, entries, peer_addr, .. } = revived;
+    let guest = Arc::new(guest);
+    let machine = match Source::recover(&entries, guest.at_source().await) {
+        Ok(machine) => machine,
+        Err(error) => return report.end(Phase::Failed, Some(recovery::undecided(&error))),
+    };
+    let Some(addr) = peer_addr else {
+        return report.end(Phase::Failed, Some(recovery::undecided(&"the destination's address is missing")));
+    };
+    let dialler = Dialler {
+        addr,
+        identity: shared.identity.clone(),
+        key: session.key.clone(),
+        to: session.peer.node().clone(),
+        options: DialOptions::default(),
+    };
+    let (data_tx, _data) = mpsc::channel(DATA_EVENTS);
+    let counters = report.counters.clone();
+    let origin = Origin::Dial(dialler.clone());
+    let (control, events, server) =
+        Control::start(session.clone(), None, origin, Data::Sends(data_tx), counters.clone());
+    let server = tokio::spawn(server.in_current_span());
+    let pilot =
+        Pilot::new(Machine::Source(machine), journal, session.clone(), control.clone(), guest.clone());
+    let outgoing = Outgoing {
+        session,
+        dialler,
+        share: shared.pool.share(),
+        counters,
+        metrics: shared.metrics.clone(),
+        budget: Duration::ZERO,
+        bucket: Arc::new(Mutex::new(Bucket::new(None))),
+    };
+    let mut run = Run::new(&shared, &id, &report, pilot, guest, control, outgoing);
+    run.drive(events, cancel).await;
+    drop(run);
+    let _ = timeout(LINGER, server).await;
+}
+
+/// True once the agent has been stopping for so long that what has not ended will not end now.
+pub(crate) async fn closing(shared: &Shared) -> bool {
+    loop {
+        sleep(TICK).await;
+        if shared.closing_for() > GRACE {
+            return true;
+        }
+    }
 }
 
 /// Waits until the migration is to be cancelled; false if nobody can ask any more.
@@ -234,6 +275,8 @@ struct Run {
     /// What went wrong first, for the status.
     failure: Option<Failure>,
     outcome: Option<Outcome>,
+    /// Counts as running until it has ended.
+    in_flight: Option<InFlight>,
     /// The data path's task.
     transport: JoinSet<Result<Transfer, Failure>>,
     /// What the peer says to the data path, until that is started.
@@ -257,9 +300,47 @@ struct Run {
 }
 
 impl Run {
+    fn new(
+        shared: &Arc<Shared>,
+        id: &MigrationId,
+        report: &Arc<Report>,
+        pilot: Pilot,
+        guest: Arc<Guest>,
+        control: Control,
+        outgoing: Outgoing,
+    ) -> Self {
+        let (info_tx, info) = mpsc::channel(1);
+        Run {
+            shared: shared.clone(),
+            id: id.clone(),
+            report: report.clone(),
+            pilot,
+            guest,
+            control,
+            outgoing,
+            vmm_limit: Duration::ZERO,
+            deadline: None,
+            failure: None,
+            outcome: None,
+            in_flight: None,
+            transport: JoinSet::new(),
+            data: None,
+            monitor: JoinSet::new(),
+            info_tx,
+            info,
+            transfer: None,
+            vmm_done: false,
+            whole: false,
+            stopped_at: None,
+            heard_at: None,
+            dark_since: None,
+            fraction: 0.0,
+            carried: (0, 0),
+        }
+    }
+
     async fn drive(&mut self, mut events: mpsc::Receiver<Event>, mut cancel: watch::Receiver<bool>) {
-        let mut qmp = self.guest.qemu.events();
-        let mut qmp_open = true;
+        let mut qmp = self.guest.reach().await.ok().map(|qemu| qemu.events());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut retry = interval(RETRY);
@@ -278,9 +359,9 @@ impl Run {
                     Some(event) => self.control_event(event).await,
                     None => self.fail(AbortReason::LinkLost, ended()).await,
                 },
-                event = qmp.recv(), if qmp_open => match event {
-                    Ok(event) => self.qmp_event(event).await,
-                    Err(_) => qmp_open = false,
+                event = next_event(&mut qmp) => match event {
+                    Some(event) => self.qmp_event(event).await,
+                    None => qmp = None,
                 },
                 Some(done) = self.transport.join_next() => match done {
                     Ok(Ok(transfer)) => {
@@ -310,15 +391,21 @@ impl Run {
                 Some(info) = self.info.recv() => self.progress(info).await,
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 _ = tick.tick() => self.look().await,
+                // What cannot be ended now is gone on with from the journal.
+                true = closing(&self.shared) => return,
             }
         }
         self.finish().await;
-        // The peer may still ask; its last word may still be missing.
-        let until = tokio::time::Instant::now() + LINGER;
+        // Whoever is in doubt at the other end must be able to ask, for as long as this agent lives; its journal lives longer.
         while !self.pilot.settled() {
-            match tokio::time::timeout_at(until, events.recv()).await {
-                Ok(Some(event)) => self.control_event(event).await,
-                _ => break,
+            tokio::select! {
+                event = events.recv() => match event {
+                    // It does not know the session: nobody is in doubt there.
+                    Some(Event::Lost(_)) | None => return,
+                    Some(event) => self.control_event(event).await,
+                },
+                _ = retry.tick() => self.feed(Input::Retry).await,
+                true = closing(&self.shared) => return,
             }
         }
     }
@@ -367,7 +454,7 @@ impl Run {
 
     /// Lets QEMU migrate into our socket, and starts the data path.
     async fn start(&mut self) -> Result<(), Failure> {
-        let qemu = &self.guest.qemu;
+        let qemu = self.guest.reach().await.map_err(qmp_failure)?;
         let off =
             ["return-path", "xbzrle", "compress", "multifd", "postcopy-ram", "x-ignore-shared", "x-colo"];
         let mut capabilities = vec![("events", true), ("late-block-activate", true)];
@@ -467,7 +554,7 @@ impl Run {
             EventKind::Migration(MigrationStatus::Failed | MigrationStatus::Cancelled)
                 if self.outcome.is_none() =>
             {
-                let why = self.guest.qemu.migration().await.ok().and_then(|info| info.error);
+                let why = self.guest.last_error().await;
                 let text =
                     format!("QEMU's migration failed: {}", why.as_deref().unwrap_or("no reason given"));
                 let hint = AbortReason::VmmFailedSource.advice();
@@ -591,6 +678,8 @@ impl Run {
             }
         }
         let status = self.report.status();
+        self.in_flight = None;
+        self.shared.metrics.ended(&status);
         self.pilot.note("ended", format!("{:?}", status.phase)).await;
     }
 }
@@ -610,11 +699,16 @@ async fn monitor(guest: Arc<Guest>, counters: Arc<Counters>, info: mpsc::Sender<
             told = rate;
             let parameters =
                 Parameters { avail_switchover_bandwidth: Some(rate as u64), ..Parameters::default() };
-            if let Err(error) = guest.qemu.set_parameters(&parameters).await {
+            let outcome = match guest.reach().await {
+                Ok(qemu) => qemu.set_parameters(&parameters).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = outcome {
                 debug!(%error, "the measured rate was not told to QEMU");
             }
         }
-        if let Ok(answer) = guest.qemu.migration().await
+        if let Ok(qemu) = guest.reach().await
+            && let Ok(answer) = qemu.migration().await
             && info.send(answer).await.is_err()
         {
             return;

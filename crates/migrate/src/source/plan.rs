@@ -93,8 +93,9 @@ pub(crate) async fn plan(
         return Err(unsupported("--verify-ram", "leave it out"));
     }
     let guest = Guest::connect(qmp).await?;
-    let found = preflight::source(&guest.qemu, spec.shared_storage).await.map_err(qmp_failure)?;
-    let description = guest.qemu.describe().await.map_err(qmp_failure)?;
+    let qemu = guest.reach().await.map_err(qmp_failure)?;
+    let found = preflight::source(&qemu, spec.shared_storage).await.map_err(qmp_failure)?;
+    let description = qemu.describe().await.map_err(qmp_failure)?;
     let guest_ran = description.run_state == RunState::Running;
 
     let dialler = Dialler {

@@ -12,6 +12,8 @@ fn job() -> Job {
         migration: MigrationId::new("m").unwrap(),
         vm: VmName::new("web").unwrap(),
         peer: NodeName::new("hv-2").unwrap(),
+        peer_key: [5; 32],
+        peer_addr: None,
         qmp: "/run/web.qmp".into(),
         session: SessionId([1; 32]),
         path: "v3".into(),

@@ -49,6 +49,8 @@ impl Model {
             migration: MigrationId::new("m").map_err(|e| e.to_string())?,
             vm: VmName::new("v").map_err(|e| e.to_string())?,
             peer: NodeName::new("n").map_err(|e| e.to_string())?,
+            peer_key: [5; 32],
+            peer_addr: None,
             qmp: "q".into(),
             session: SessionId([0; 32]),
             path: "v3".into(),

@@ -1,0 +1,150 @@
+//! After a restart: every journal whose migration is not over is gone on with.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::path::Path as FilePath;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use dwcp_proto::journal::{Entry, Job};
+use dwcp_proto::message::Choice;
+use dwcp_proto::{MigrationId, Mode, Path, PeerKey, Side};
+use tokio::sync::{mpsc, watch};
+use tracing::{Instrument, error, info, info_span, warn};
+
+use crate::destination;
+use crate::engine::Shared;
+use crate::error::{Blame, Failure};
+use crate::guest::Guest;
+use crate::handshake::Session;
+use crate::journal::{self, Journal};
+use crate::report::Report;
+use crate::source;
+use crate::status::{Phase, Role};
+
+/// A migration of an earlier life of this agent.
+pub(crate) struct Revived {
+    pub(crate) id: MigrationId,
+    pub(crate) session: Arc<Session>,
+    pub(crate) guest: Guest,
+    pub(crate) journal: Journal,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) peer_addr: Option<SocketAddr>,
+}
+
+/// How long an ended migration still answers its peer.
+const REMEMBERED: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Reads all journals and starts a task for each migration that is not over.
+pub(crate) async fn recover(shared: &Arc<Shared>) {
+    let folder = journal::folder(&shared.config.state_dir);
+    let files = match std::fs::read_dir(&folder) {
+        Ok(files) => files,
+        Err(error) => return error!(%error, folder = %folder.display(), "journals not read"),
+    };
+    for file in files.flatten() {
+        let path = file.path();
+        if path.extension().is_some_and(|e| e == "jsonl") {
+            revive(shared, &path);
+        }
+    }
+}
+
+fn revive(shared: &Arc<Shared>, path: &FilePath) {
+    let (journal, replay) = match Journal::open(path) {
+        Ok(opened) => opened,
+        Err(error) => {
+            return error!(%error, path = %path.display(), "a journal decides nothing; resolve it by hand");
+        }
+    };
+    if let Some(torn) = replay.torn {
+        warn!(torn, path = %path.display(), "the last line was never written whole; it does not count");
+    }
+    let entries = replay.decisions();
+    let (job, side) = match entries.first() {
+        Some(Entry::Prepared(prepared)) => (&prepared.job, Side::Source),
+        Some(Entry::Accepted(accepted)) => (&accepted.job, Side::Destination),
+        // Nothing was decided, so nothing was touched and nothing was said.
+        None => return drop(std::fs::remove_file(path)),
+        Some(_) => return error!(path = %path.display(), "a journal with no beginning; resolve it by hand"),
+    };
+    let last = replay.entries.iter().rev().find(|stamped| !matches!(stamped.entry, Entry::Note(_)));
+    if last.is_some_and(|last| is_over(&last.entry, last.unix_ms)) {
+        return;
+    }
+    let session = match session_of(shared, job, side) {
+        Ok(session) => Arc::new(session),
+        Err(error) => return error!(error, path = %path.display(), "a journal names no usable peer"),
+    };
+    let role = match side {
+        Side::Source => Role::Source,
+        Side::Destination => Role::Destination,
+    };
+    let id = job.migration.clone();
+    info!(%id, vm = %job.vm, ?role, "going on with a migration of an earlier life");
+    let report = Arc::new(Report::new(id.clone(), job.vm.clone(), role, job.peer.clone()));
+    report.set(|s| {
+        s.phase = Phase::Handover;
+        s.path = Some(job.path.clone());
+    });
+    let span = info_span!("migration", id = %id, vm = %job.vm, role = ?role);
+    let (cancel, cancelled) = watch::channel(false);
+    let revived = Revived {
+        id,
+        session: session.clone(),
+        guest: Guest::at(FilePath::new(&job.qmp)),
+        journal,
+        peer_addr: job.peer_addr,
+        entries: entries.clone(),
+    };
+    let shared_too = shared.clone();
+    match side {
+        Side::Source => {
+            let run = source::resume(shared_too, revived, report.clone(), cancelled);
+            let task = tokio::spawn(run.instrument(span));
+            shared.adopt(report, None, cancel, Some(task));
+        }
+        Side::Destination => {
+            let (arrivals_tx, arrivals) = mpsc::channel(destination::ARRIVALS);
+            let run = destination::resume(shared_too, revived, arrivals, report.clone(), cancelled);
+            let task = tokio::spawn(run.instrument(span));
+            shared.adopt(report, Some((session, arrivals_tx)), cancel, Some(task));
+        }
+    }
+}
+
+/// Whether nobody will have a question any more: a source that knows its guest has moved is done. Any other end may still be asked for by
+/// a peer that comes back, but not for ever.
+fn is_over(last: &Entry, unix_ms: u64) -> bool {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+    match last {
+        Entry::Done { .. } => now.saturating_sub(unix_ms) > REMEMBERED.as_millis() as u64,
+        _ => false,
+    }
+}
+
+fn session_of(shared: &Shared, job: &Job, side: Side) -> Result<Session, &'static str> {
+    let peer = PeerKey::from_bytes(job.peer.clone(), &job.peer_key).map_err(|_| "its key is not usable")?;
+    if !shared.config.peers.roster().trusts(&peer) {
+        return Err("its key is no longer in the peers folder");
+    }
+    Ok(Session {
+        id: job.session,
+        side,
+        key: shared.config.key.clone(),
+        peer,
+        path: if job.path == Path::V3.name() { Path::V3 } else { Path::V1 },
+        mode: Mode::Internet,
+        choice: Choice::default(),
+    })
+}
+
+/// A journal from which no state follows.
+pub(crate) fn undecided(why: &dyn Display) -> Failure {
+    Failure::new(
+        "journal_undecided",
+        Blame::Local,
+        format!("the journal of this migration decides nothing: {why}"),
+        "look at both nodes' VMMs and run the guest by hand on one of them only",
+    )
+}

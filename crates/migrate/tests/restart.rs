@@ -1,0 +1,265 @@
+//! Agents that die, as by `kill -9`, and come back: the end is one running guest. Each node has a runtime of its own; dropping it
+//! ends all of its tasks and closes all of its sockets at once. The VMMs are simulated and live on.
+
+// A test's helpers may fail as its assertions do.
+#![allow(clippy::unwrap_used)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dwcp_link::Peers;
+use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
+use dwcp_migrate::status::{Phase, Status};
+use dwcp_migrate::{Engine, EngineConfig, Gate, Limits, Policy};
+use dwcp_proto::{MigrationId, NodeKey, NodeName, VmName};
+use dwcp_vmm::sim::{Fault, GuestSpec, SimVmm};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+
+/// Nothing here takes longer, whatever else the machine does.
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn key(name: &str, seed: u8) -> NodeKey {
+    NodeKey::from_seed(NodeName::new(name).unwrap(), &[seed; 32])
+}
+
+/// An agent that can be killed.
+struct Agent {
+    name: &'static str,
+    seed: u8,
+    state: PathBuf,
+    listen: SocketAddr,
+    life: Option<(Runtime, Engine)>,
+    gate: watch::Sender<Gate>,
+}
+
+impl Agent {
+    fn start(name: &'static str, seed: u8, dir: &Path) -> Agent {
+        let gate = Gate { source: true, veto: false, reason: "test".into(), epoch: (1, 1) };
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let gate = watch::Sender::new(gate);
+        let mut agent = Agent { name, seed, state: dir.join(name), listen, life: None, gate };
+        agent.revive();
+        agent
+    }
+
+    fn revive(&mut self) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        let runtime = runtime.unwrap();
+        let config = EngineConfig {
+            key: Arc::new(key(self.name, self.seed)),
+            peers: Arc::new(Peers::of([key("a", 1).public(), key("b", 2).public()])),
+            state_dir: self.state.clone(),
+            policy: Policy::default(),
+            limits: Limits { inflight: 16 << 20, workers: 1, migrations: 4 },
+            gate: self.gate.subscribe(),
+            listen: self.listen,
+        };
+        let engine = runtime.block_on(Engine::start(config)).unwrap();
+        // The next life listens at the same address: that is where its peer looks for it.
+        self.listen = engine.data_addr();
+        self.life = Some((runtime, engine));
+    }
+
+    fn kill(&mut self) {
+        let (runtime, engine) = self.life.take().unwrap();
+        drop(engine);
+        runtime.shutdown_timeout(Duration::from_secs(10));
+    }
+
+    fn engine(&self) -> &Engine {
+        &self.life.as_ref().unwrap().1
+    }
+
+    fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.life.as_ref().unwrap().0.block_on(future)
+    }
+
+    /// Waits until the migration's status is as `wanted` says.
+    fn reaches(&self, id: &MigrationId, wanted: impl Fn(&Status) -> bool) -> Status {
+        let mut watch = self.engine().watch(id).unwrap();
+        let reached =
+            self.block_on(async { tokio::time::timeout(LIMIT, watch.wait_for(|s| wanted(s))).await.is_ok() });
+        let status = self.engine().get(id).unwrap();
+        assert!(reached, "{}: {status:?}", self.name);
+        status
+    }
+
+    fn ends(&self, id: &MigrationId) -> Phase {
+        self.reaches(id, |s| s.phase.is_end()).phase
+    }
+
+    fn journal(&self, id: &MigrationId, side: &str) -> String {
+        std::fs::read_to_string(self.state.join(format!("journal/{id}.{side}.jsonl"))).unwrap_or_default()
+    }
+}
+
+struct Scene {
+    /// Where the VMMs live.
+    world: Runtime,
+    a: Agent,
+    b: Agent,
+    source: SimVmm,
+    destination: SimVmm,
+    id: MigrationId,
+    dir: TempDir,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let dir = tempfile::tempdir().unwrap();
+        let world =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let guest = GuestSpec { seed: 3, pages: 2048, zero_percent: 10, hot_pages: 100, writes_per_step: 10 };
+        let (source, destination) = world.block_on(async {
+            let source = SimVmm::running(&dir.path().join("a.qmp"), guest.clone()).unwrap();
+            (source, SimVmm::incoming(&dir.path().join("b.qmp"), guest).unwrap())
+        });
+        let (a, b) = (Agent::start("a", 1, dir.path()), Agent::start("b", 2, dir.path()));
+        Scene { world, a, b, source, destination, id: MigrationId::new("m1").unwrap(), dir }
+    }
+
+    /// Starts to move the guest, at most so many bytes a second.
+    fn begin(&self, path: PathWish, bandwidth: Option<u64>) {
+        let vm = VmName::new("vm1").unwrap();
+        let incoming = IncomingSpec {
+            vm: vm.clone(),
+            vmm: Vmm::Qmp(self.dir.path().join("b.qmp")),
+            from: NodeName::new("a").unwrap(),
+            on_abort: Leave::Leave,
+        };
+        self.b.block_on(self.b.engine().prepare_incoming(incoming)).unwrap();
+        let spec = MigrateSpec {
+            vm,
+            vmm: Vmm::Qmp(self.dir.path().join("a.qmp")),
+            to: NodeName::new("b").unwrap(),
+            addr: self.b.listen,
+            path,
+            mode: ModeWish::Internet,
+            downtime_limit: Duration::from_millis(500),
+            bandwidth_limit: bandwidth,
+            streams: None,
+            source: SourceWish::Auto,
+            verify_ram: false,
+            shared_storage: false,
+            on_success: Leave::Leave,
+            on_abort: Leave::Leave,
+            deadline: None,
+            id: Some(self.id.clone()),
+        };
+        self.a.block_on(self.a.engine().migrate(spec)).unwrap();
+    }
+
+    /// Until data flows; slow enough that it does not end meanwhile.
+    fn in_precopy(path: PathWish) -> Scene {
+        let scene = Scene::new();
+        scene.begin(path, Some(200_000));
+        scene.a.reaches(&scene.id, |s| s.phase == Phase::Precopy && s.wire_bytes > 0);
+        scene
+    }
+
+    /// Until the destination is committed to run the guest, and its VMM refuses.
+    fn committed() -> Scene {
+        let scene = Scene::new();
+        scene.destination.inject(Fault::Refuse("cont".into()));
+        scene.begin(PathWish::V3, None);
+        let started = Instant::now();
+        while !scene.b.journal(&scene.id, "destination").contains("\"starting\"") {
+            assert!(started.elapsed() < LIMIT, "{:?}", scene.b.engine().list());
+            std::thread::yield_now();
+        }
+        assert!(!scene.destination.is_running());
+        scene
+    }
+
+    fn assert_stayed(&self) {
+        assert!(self.source.is_running() && !self.destination.is_running());
+    }
+
+    fn assert_moved(&self) {
+        assert!(!self.source.is_running() && self.destination.is_running());
+        assert!(self.source.ram() == self.destination.ram(), "RAM differs");
+    }
+}
+
+#[test]
+fn a_source_agent_killed_in_precopy_takes_the_migration_back() {
+    for path in [PathWish::V1, PathWish::V3] {
+        let mut scene = Scene::in_precopy(path);
+        scene.a.kill();
+        scene.a.revive();
+        assert_eq!(scene.a.ends(&scene.id), Phase::Aborted);
+        assert_eq!(scene.b.ends(&scene.id), Phase::Aborted);
+        scene.assert_stayed();
+    }
+}
+
+#[test]
+fn a_destination_agent_killed_in_precopy_leaves_the_guest_at_the_source() {
+    for path in [PathWish::V1, PathWish::V3] {
+        let mut scene = Scene::in_precopy(path);
+        scene.b.kill();
+        scene.b.revive();
+        assert_eq!(scene.a.ends(&scene.id), Phase::Aborted);
+        assert_eq!(scene.b.ends(&scene.id), Phase::Aborted);
+        scene.assert_stayed();
+    }
+}
+
+#[test]
+fn a_source_agent_killed_after_the_commit_finishes_the_handover() {
+    let mut scene = Scene::committed();
+    scene.a.kill();
+    scene.destination.heal();
+    assert_eq!(scene.b.ends(&scene.id), Phase::Completed);
+    scene.a.revive();
+    assert_eq!(scene.a.ends(&scene.id), Phase::Completed);
+    scene.assert_moved();
+}
+
+#[test]
+fn a_destination_agent_killed_after_the_commit_runs_the_guest_when_it_is_back() {
+    let mut scene = Scene::committed();
+    scene.b.kill();
+    scene.destination.heal();
+    scene.b.revive();
+    assert_eq!(scene.b.ends(&scene.id), Phase::Completed);
+    assert_eq!(scene.a.ends(&scene.id), Phase::Completed);
+    scene.assert_moved();
+}
+
+#[test]
+fn both_agents_killed_after_the_commit_still_end_with_one_guest() {
+    let mut scene = Scene::committed();
+    scene.a.kill();
+    scene.b.kill();
+    scene.destination.heal();
+    assert!(!scene.source.is_running() && !scene.destination.is_running());
+    scene.a.revive();
+    scene.b.revive();
+    assert_eq!(scene.b.ends(&scene.id), Phase::Completed);
+    assert_eq!(scene.a.ends(&scene.id), Phase::Completed);
+    scene.assert_moved();
+    drop(scene.world);
+}
+
+#[test]
+fn a_migration_that_was_taken_back_can_be_tried_again() {
+    let mut scene = Scene::in_precopy(PathWish::V3);
+    scene.a.kill();
+    scene.a.revive();
+    assert_eq!(scene.a.ends(&scene.id), Phase::Aborted);
+    assert_eq!(scene.b.ends(&scene.id), Phase::Aborted);
+    let qmp = scene.dir.path().join("b.qmp");
+    scene.destination.kill();
+    std::fs::remove_file(&qmp).unwrap();
+    let guest = scene.source.guest().unwrap().spec().clone();
+    scene.destination = scene.world.block_on(async { SimVmm::incoming(&qmp, guest).unwrap() });
+    scene.id = MigrationId::new("m2").unwrap();
+    scene.begin(PathWish::V3, None);
+    assert_eq!(scene.a.ends(&scene.id), Phase::Completed);
+    scene.assert_moved();
+}
