@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use crate::guest::{GuestLoad, Report, SerialLog};
 use crate::kit::{Kit, QemuVersion};
@@ -17,6 +18,14 @@ use crate::wait::until;
 const LAUNCH: Duration = Duration::from_secs(20);
 /// From the start of the guest to its first line: some 3 s alone, much more where emulated machines share a core.
 const BOOT: Duration = Duration::from_secs(90);
+
+/// KiB of RAM beyond whole MiB, so that the size is no multiple of 64 pages.
+///
+/// QEMU 7.2 under TCG loses writes of a running guest: its fast way to collect dirty pages, taken for whole multiples of
+/// 64 pages, clears dirty bits without telling the emulated CPU whenever all of them stood in the migration's bitmap
+/// already. A plain QEMU-to-QEMU migration of several rounds at 60 MB/s then crashed this guest 12 times of 12; with the
+/// slow way, 0 of 12. QEMU 10.0 does not have the mistake.
+const ODD_KIB: u64 = 8;
 
 /// Whether this QEMU boots the guest or receives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +54,7 @@ pub struct QemuSpec {
     pub version: QemuVersion,
     /// Source or destination.
     pub role: Role,
-    /// The guest's RAM in MiB.
+    /// The guest's RAM in MiB, to which a few KiB are added: see [`QemuSpec::ram_bytes`].
     pub ram_mib: u32,
     /// What it is made of.
     pub backing: Backing,
@@ -76,8 +85,13 @@ impl QemuSpec {
         QemuSpec { role: Role::Destination, ..self.clone() }
     }
 
+    /// The guest's RAM in bytes: a little more than [`QemuSpec::ram_mib`].
+    pub fn ram_bytes(&self) -> u64 {
+        (u64::from(self.ram_mib) << 20) + (ODD_KIB << 10)
+    }
+
     fn arguments(&self, kit: &Kit, dir: &Path) -> Vec<String> {
-        let ram = self.ram_mib;
+        let ram = self.ram_bytes() >> 10;
         let socket = |name: &str| format!("unix:{},server=on,wait=off", dir.join(name).display());
         let mut arguments = vec![
             // The machine type that both versions have, so that guests can go either way between them.
@@ -85,14 +99,14 @@ impl QemuSpec {
             "pc-i440fx-7.2,memory-backend=ram".into(),
             "-object".into(),
             match &self.backing {
-                Backing::Anonymous => format!("memory-backend-ram,id=ram,size={ram}M"),
-                Backing::Memfd => format!("memory-backend-memfd,id=ram,size={ram}M,share=on"),
+                Backing::Anonymous => format!("memory-backend-ram,id=ram,size={ram}K"),
+                Backing::Memfd => format!("memory-backend-memfd,id=ram,size={ram}K,share=on"),
                 Backing::File(path) => {
-                    format!("memory-backend-file,id=ram,size={ram}M,share=on,mem-path={}", path.display())
+                    format!("memory-backend-file,id=ram,size={ram}K,share=on,mem-path={}", path.display())
                 }
             } + if self.prealloc { ",prealloc=on" } else { "" },
             "-m".into(),
-            format!("{ram}M"),
+            format!("{ram}K"),
             "-accel".into(),
             "tcg".into(),
             "-nodefaults".into(),
@@ -213,12 +227,20 @@ impl Qemu {
     /// # Errors
     /// A wrong page, silence, or QEMU's death.
     pub fn guest_ok_for(&self, duration: Duration) -> Result<Report> {
-        let report = self.serial.ok_for(duration)?;
+        let report = self.serial.ok_for(duration).with_context(|| self.state_of_the_machine())?;
         let status = self.status()?;
         if status != "running" {
             bail!("the guest was well, but QEMU is \"{status}\" now");
         }
         Ok(report)
+    }
+
+    /// Run state and registers, for whoever reads a failed test.
+    fn state_of_the_machine(&self) -> String {
+        let registers =
+            self.watch().run("human-monitor-command", json!({ "command-line": "info registers" }));
+        let registers = registers.map(|text| text.as_str().unwrap_or_default().replace("\r\n", "\n"));
+        format!("QEMU is {:?}\n{}", self.status(), registers.unwrap_or_default())
     }
 
     /// The process id.

@@ -25,16 +25,15 @@ pub struct Difference {
     pub pages: u64,
 }
 
-/// Saves both guests' physical memory, `mib` MiB from address 0, and compares. Both guests must be paused.
+/// Saves both guests' physical memory, `size` bytes from address 0, and compares. Both guests must be paused.
 ///
 /// # Errors
 /// A guest runs, or QEMU cannot save.
-pub fn compare(left: &Qemu, right: &Qemu, mib: u32) -> Result<Option<Difference>> {
+pub fn compare(left: &Qemu, right: &Qemu, size: u64) -> Result<Option<Difference>> {
     let save = |qemu: &Qemu| -> Result<File> {
         let status = qemu.status()?;
         ensure!(status != "running", "the RAM of a running guest cannot be compared");
         let path = qemu.dir().join("ram");
-        let size = u64::from(mib) << 20;
         qemu.watch().run("pmemsave", json!({ "val": 0, "size": size, "filename": path.to_str() }))?;
         let file = open_whole(&path, size);
         std::fs::remove_file(&path)?;

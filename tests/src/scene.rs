@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -108,8 +108,12 @@ impl Scene {
             self.incoming()?.success()?;
             self.migrate_watched(arguments, line)?.success()?.json()
         };
-        moved()
-            .map_err(|error| error.context(format!("agent a:\n{}\nagent b:\n{}", self.a.log(), self.b.log())))
+        moved().with_context(|| self.logs())
+    }
+
+    /// Both agents' logs, for whoever reads a failed test.
+    pub fn logs(&self) -> String {
+        format!("agent a:\n{}\nagent b:\n{}", self.a.log(), self.b.log())
     }
 
     /// Turns the scene round after a migration: the guest is at `a` again, and a fresh QEMU waits at `b`.
@@ -131,8 +135,8 @@ impl Scene {
         self.dir.path()
     }
 
-    /// The guest's RAM in MiB.
-    pub fn ram_mib(&self) -> u32 {
-        self.spec.ram_mib
+    /// The guest's RAM in bytes.
+    pub fn ram_bytes(&self) -> u64 {
+        self.spec.ram_bytes()
     }
 }

@@ -42,13 +42,13 @@ fn a_paused_guest_has_the_same_memory_on_both_sides() -> Result<()> {
     from.watch().run("stop", json!({}))?;
     plain_migration(&from, &to, LIMIT)?;
     assert_eq!(to.status()?, "paused");
-    assert_eq!(ram::compare(&from, &to, spec.ram_mib)?, None);
+    assert_eq!(ram::compare(&from, &to, spec.ram_bytes())?, None);
 
     // The comparison sees what a running guest changes.
     to.watch().run("cont", json!({}))?;
     to.guest_ok_for(Duration::from_secs(1))?;
     to.watch().run("stop", json!({}))?;
-    assert!(ram::compare(&from, &to, spec.ram_mib)?.is_some());
+    assert!(ram::compare(&from, &to, spec.ram_bytes())?.is_some());
     Ok(())
 }
 

@@ -36,7 +36,7 @@ matrix! {
 fn live(scene: Scene, path: &str) -> Result<()> {
     let watcher = Watcher::start(&[&scene.from, &scene.to])?;
     let result = scene.move_guest(&["--path", path])?;
-    scene.to.guest_ok_for(AFTER)?;
+    scene.to.guest_ok_for(AFTER).with_context(|| format!("{result}\n{}", scene.logs()))?;
     let timeline = watcher.finish()?;
 
     assert_eq!(scene.from.status()?, "postmigrate", "the source's copy is kept, and does not run");
@@ -61,7 +61,7 @@ fn paused(scene: Scene, path: &str) -> Result<()> {
     check_result(&result, path)?;
     assert!(timeline.moments.iter().all(|moment| moment.what != "RESUME"), "{timeline}");
     assert_eq!(scene.to.status()?, "paused");
-    assert_eq!(ram::compare(&scene.from, &scene.to, scene.ram_mib())?, None);
+    assert_eq!(ram::compare(&scene.from, &scene.to, scene.ram_bytes())?, None);
     scene.to.watch().run("cont", json!({}))?;
     scene.to.guest_ok_for(Duration::from_secs(1))?;
     Ok(())
