@@ -2,6 +2,7 @@
 
 mod apt;
 mod check;
+mod compare;
 mod cpio;
 mod deb;
 mod demo;
@@ -36,6 +37,8 @@ enum Chore {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// Measure this product beside what else there is; takes minutes
+    Compare(compare::Arguments),
     /// Build the Debian package into target/debian
     Deb,
     /// Get QEMU 7.2 and 10.0 and a kernel from Debian's packages into target/lab, and build the test guest
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Chore::Test => test::test(),
         Chore::Check => check::check(),
         Chore::Fuzz { seconds } => fuzz::fuzz(seconds),
+        Chore::Compare(arguments) => compare::compare(&arguments),
         Chore::Deb => deb::deb().map(|package| println!("{}", package.display())),
         Chore::Setup => setup::setup().map(drop),
     };

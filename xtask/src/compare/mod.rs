@@ -1,0 +1,33 @@
+//! `cargo xtask compare`: this product beside what else there is, measured in one run.
+//!
+//! A comparison takes minutes and wants the machine for itself, so it is no part of CI. It writes its table, with the
+//! machine and the day, into `docs/`.
+
+mod cost;
+mod machine;
+mod relay;
+mod table;
+mod v1;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+/// What to compare.
+#[derive(Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Path v1 beside socat and QEMU alone, on the loopback; writes docs/compare-v1.md
+    V1(v1::Settings),
+}
+
+/// Runs the comparison that was asked for.
+pub(crate) fn compare(arguments: &Arguments) -> Result<()> {
+    match &arguments.what {
+        What::V1(settings) => v1::compare(settings),
+    }
+}
