@@ -250,7 +250,7 @@ impl Bench {
 
         let run = self.timed(contender, &destination).with_context(|| contender.name())?;
         if compare {
-            let difference = ram::compare(&self.source, &destination, self.spec.ram_mib)?;
+            let difference = ram::compare(&self.source, &destination, self.spec.ram_bytes())?;
             ensure!(difference.is_none(), "{}: the memories differ: {difference:?}", contender.name());
         }
         // Never two that run: the other one first.
