@@ -15,7 +15,7 @@ pub enum Role {
     Destination,
 }
 
-/// Where a migration stands. The order is the order of time; the last five are ends.
+/// Where a migration stands. The order is the order of time; the last three are ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
@@ -118,4 +118,40 @@ pub struct Status {
     pub progress: Progress,
     /// Why it ended badly, if it did.
     pub error: Option<Failure>,
+}
+
+/// One line of a migration's story.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    /// When, by this node's clock, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// What: a decision's or phase's stable name.
+    pub what: String,
+    /// More, for people; may be empty.
+    pub text: String,
+}
+
+/// A migration's story, as one side's journal tells it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// The migration.
+    pub id: MigrationId,
+    /// The VM.
+    pub vm: VmName,
+    /// Which side this node was.
+    pub role: Role,
+    /// The other node.
+    pub peer: NodeName,
+    /// The last decision's stable name.
+    pub phase: String,
+    /// Who owns the guest: `source`, `destination`, `in_doubt` or `nobody`.
+    pub owner: String,
+    /// Why it ended without moving the guest, if it did.
+    pub cause: Option<Failure>,
+    /// The next command, or what to wait for.
+    pub next: String,
+    /// What happened, in order.
+    pub timeline: Vec<Moment>,
+    /// The status, if this agent's life has one.
+    pub status: Option<Status>,
 }
