@@ -2,9 +2,11 @@
 //!
 //! ```text
 //!  header ──admit──► expected ──verified──► ready ──poll_apply (in order)──► applied ──► Ack
-//!             │          └─────refused────► Nack
+//!             │          └─────refused────► Nack, if no other copy is on its way in
 //!             └► duplicate: dropped; violation: the session ends
 //! ```
+//! A chunk may come in several copies: when a connection breaks, the sender sends again what it has no acknowledgement for, while
+//! this side may still be reading from the old connection. Until one copy is verified each is read, since any may break off.
 //!
 //! The driver verifies a header's signature before [`Receiver::admit`], so every violation below is the peer's own doing. It keeps the
 //! payloads; the receiver sees headers only.
@@ -17,9 +19,14 @@ use std::collections::BTreeMap;
 use crate::chunk::{ChunkHeader, Kind};
 use crate::ids::{Seq, SessionId, StreamOffset};
 use crate::limits::MAX_RAW_PAYLOAD;
+use crate::negotiate::MAX_STREAMS;
 
 /// Chunks that may wait for an earlier one, however small they are.
 pub const MAX_REORDER: u64 = 4096;
+
+/// Copies of one chunk that may be read and verified at a time: one on each connection, one more from the connection that it
+/// replaced.
+pub const MAX_COPIES: u32 = 2 * MAX_STREAMS;
 
 /// How a peer with a good key broke the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -59,13 +66,15 @@ impl Violation {
 pub enum Admission {
     /// Read and verify the payload.
     Take,
-    /// Read the payload and drop it: the chunk is here already.
+    /// Read the payload and drop it: the chunk is here, verified.
     Duplicate,
 }
 
 #[derive(Debug, Clone)]
 struct Waiting {
     header: ChunkHeader,
+    /// Admitted and neither verified nor refused yet; no matter once one was verified.
+    copies: u32,
     verified: bool,
 }
 
@@ -108,11 +117,18 @@ impl Receiver {
         if self.ended {
             return Err(Violation::AfterEnd(seq.0));
         }
-        if let Some(waiting) = self.waiting.get(&seq) {
-            return match &waiting.header == header {
-                true => Ok(Admission::Duplicate),
-                false => Err(Violation::Equivocation(seq.0)),
-            };
+        if let Some(waiting) = self.waiting.get_mut(&seq) {
+            if &waiting.header != header {
+                return Err(Violation::Equivocation(seq.0));
+            }
+            if waiting.verified {
+                return Ok(Admission::Duplicate);
+            }
+            if waiting.copies == MAX_COPIES {
+                return Err(Violation::Window(seq.0));
+            }
+            waiting.copies += 1;
+            return Ok(Admission::Take);
         }
         let bytes = header.weight();
         let fits = self.waiting_bytes + bytes <= self.window + MAX_RAW_PAYLOAD as u64;
@@ -120,28 +136,38 @@ impl Receiver {
             return Err(Violation::Window(seq.0));
         }
         self.waiting_bytes += bytes;
-        self.waiting.insert(seq, Waiting { header: header.clone(), verified: false });
+        self.waiting.insert(seq, Waiting { header: header.clone(), copies: 1, verified: false });
         Ok(Admission::Take)
     }
 
-    /// The payload of an admitted chunk is what its header says.
-    pub fn verified(&mut self, seq: Seq) {
-        if let Some(waiting) = self.waiting.get_mut(&seq) {
-            waiting.verified = true;
+    /// The payload of an admitted copy is what its header says. True if it is the first such copy, to be kept until `poll_apply`
+    /// gives its chunk out; false if another one was faster.
+    #[must_use]
+    pub fn verified(&mut self, seq: Seq) -> bool {
+        match self.waiting.get_mut(&seq) {
+            Some(waiting) => !std::mem::replace(&mut waiting.verified, true),
+            None => false,
         }
     }
 
-    /// An admitted chunk's payload did not arrive, or not as its header says; it may come again. True if the peer must
-    /// be asked for it.
+    /// An admitted copy's payload did not arrive whole, or not as its header says. True if it was the last copy, so that a
+    /// payload that was altered must be asked for again; one that broke off with its connection comes by itself.
     pub fn refused(&mut self, seq: Seq) -> bool {
-        match self.waiting.get(&seq) {
-            Some(waiting) if !waiting.verified => {
-                self.waiting_bytes -= waiting.header.weight();
-                self.waiting.remove(&seq);
-                true
-            }
-            _ => false,
+        let Some(waiting) = self.waiting.get_mut(&seq).filter(|w| !w.verified) else { return false };
+        waiting.copies -= 1;
+        if waiting.copies > 0 {
+            return false;
         }
+        self.waiting_bytes -= waiting.header.weight();
+        self.waiting.remove(&seq);
+        true
+    }
+
+    /// Whether a chunk is neither applied nor here nor on its way in: only then does a refusal of it still stand, to be said
+    /// again where it may have been lost.
+    pub fn lacks(&self, seq: Seq) -> bool {
+        let applying = self.applying.as_ref().is_some_and(|h| h.seq == seq);
+        seq >= self.next && !applying && !self.waiting.contains_key(&seq)
     }
 
     /// The next chunk to apply, if it is here and the one before was applied.
@@ -218,7 +244,7 @@ mod tests {
 
     fn take(receiver: &mut Receiver, chunk: &SealedChunk) {
         assert_eq!(receiver.admit(chunk.header()), Ok(Admission::Take));
-        receiver.verified(chunk.header().seq);
+        assert!(receiver.verified(chunk.header().seq));
     }
 
     fn apply_all(receiver: &mut Receiver) -> Result<Vec<u64>, Violation> {
@@ -268,6 +294,34 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_breaks_off_leaves_the_chunk_to_the_others() {
+        let chunks = stream(1);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        for _ in 0..3 {
+            assert_eq!(receiver.admit(chunks[0].header()), Ok(Admission::Take));
+        }
+        assert!(!receiver.refused(Seq(0)));
+        assert!(receiver.verified(Seq(0)));
+        assert!(!receiver.verified(Seq(0)), "one copy is enough");
+        assert!(!receiver.refused(Seq(0)) && !receiver.lacks(Seq(0)));
+        assert_eq!(receiver.admit(chunks[0].header()), Ok(Admission::Duplicate));
+        assert_eq!(apply_all(&mut receiver).unwrap(), [0]);
+        assert!(!receiver.verified(Seq(0)) && !receiver.lacks(Seq(0)));
+    }
+
+    #[test]
+    fn copies_of_one_chunk_are_bounded() {
+        let chunks = stream(1);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        for _ in 0..MAX_COPIES {
+            assert_eq!(receiver.admit(chunks[0].header()), Ok(Admission::Take));
+        }
+        assert_eq!(receiver.admit(chunks[0].header()), Err(Violation::Window(0)));
+        assert!((1..MAX_COPIES).all(|_| !receiver.refused(Seq(0))));
+        assert!(receiver.refused(Seq(0)) && receiver.lacks(Seq(0)));
+    }
+
+    #[test]
     fn equivocation_old_round_and_extend_end_the_session() {
         let chunks = stream(3);
         let mut receiver = Receiver::new(SESSION, WINDOW);
@@ -285,11 +339,11 @@ mod tests {
         take(&mut receiver, &chunks[0]);
         let newer = ChunkHeader { version: PageVersion(7), ..chunks[1].header().clone() };
         receiver.admit(&newer).unwrap();
-        receiver.verified(Seq(1));
+        assert!(receiver.verified(Seq(1)));
         apply_all(&mut receiver).unwrap();
         let older = ChunkHeader { prev: newer.hash(), ..chunks[2].header().clone() };
         receiver.admit(&older).unwrap();
-        receiver.verified(Seq(2));
+        assert!(receiver.verified(Seq(2)));
         assert_eq!(apply_all(&mut receiver), Err(Violation::OldRound(2)));
     }
 
@@ -301,7 +355,7 @@ mod tests {
         // The second is left out and the third renumbered: its hash of the one before gives it away.
         let renumbered = ChunkHeader { seq: Seq(1), offset: StreamOffset(10), ..chunks[2].header().clone() };
         receiver.admit(&renumbered).unwrap();
-        receiver.verified(Seq(1));
+        assert!(receiver.verified(Seq(1)));
         assert_eq!(apply_all(&mut receiver), Err(Violation::Chain(1)));
     }
 

@@ -18,6 +18,7 @@ use std::time::Duration;
 use crate::ids::{LinkId, Seq, StreamOffset};
 use crate::limits::MAX_RAW_PAYLOAD;
 use crate::pace::Pace;
+use crate::receiver::MAX_REORDER;
 
 /// Chunks handed to a connection's writer and not yet written: one being written, one behind it.
 pub const LINK_QUEUE: u32 = 2;
@@ -41,8 +42,8 @@ pub enum SenderError {
     /// A chunk was refused too often.
     #[error("the peer refused chunk {0} {MAX_NACKS} times: something between the agents alters data")]
     Refused(u64),
-    /// A refusal of a chunk that is not in flight.
-    #[error("the peer refused chunk {0}, which is not in flight")]
+    /// A refusal of a chunk that was never sent.
+    #[error("the peer refused chunk {0}, which was never sent")]
     BadNack(u64),
 }
 
@@ -103,6 +104,7 @@ impl Sender {
     pub fn has_room(&self) -> bool {
         self.entries.is_empty()
             || (self.unacked_weight + MAX_RAW_PAYLOAD as u64 <= self.window
+                && (self.entries.len() as u64) < MAX_REORDER
                 && self.unacked_wire < self.pace.target())
     }
 
@@ -162,6 +164,10 @@ impl Sender {
             return Err(SenderError::BadAck { acked: next.0, base: self.base.0, next: end });
         }
         let freed = (next.0 - self.base.0) as usize;
+        // Chunks are first sent in order, so the last one speaks for all.
+        if freed.checked_sub(1).and_then(|i| self.entries.get(i)).is_some_and(|e| e.first_sent.is_none()) {
+            return Err(SenderError::BadAck { acked: next.0, base: self.base.0, next: end });
+        }
         let mut acked = Acked { from: self.base, to: next, latencies: Vec::with_capacity(freed) };
         let mut bytes = 0;
         for entry in self.entries.drain(..freed) {
@@ -182,16 +188,25 @@ impl Sender {
         Ok(acked)
     }
 
-    /// The peer refused a chunk's payload: it is sent again, a few times.
-    pub fn nack(&mut self, seq: Seq) -> Result<(), SenderError> {
-        let entry = seq.0.checked_sub(self.base.0).and_then(|i| self.entries.get_mut(i as usize));
-        let entry = entry.filter(|e| e.link.is_some()).ok_or(SenderError::BadNack(seq.0))?;
-        entry.nacks += 1;
-        if entry.nacks >= MAX_NACKS {
+    /// The peer has refused a chunk's payload, `times` in all: it is sent again, a few times.
+    ///
+    /// A refusal is state, as an acknowledgement is: the peer says it again where it may have been lost. One that was heard
+    /// before, or that crossed with a later word on the same chunk, changes nothing.
+    pub fn nack(&mut self, seq: Seq, times: u32) -> Result<(), SenderError> {
+        let Some(i) = seq.0.checked_sub(self.base.0) else { return Ok(()) };
+        let entry = self.entries.get_mut(i as usize).filter(|e| e.first_sent.is_some());
+        let entry = entry.ok_or(SenderError::BadNack(seq.0))?;
+        if times <= entry.nacks {
+            return Ok(());
+        }
+        entry.nacks = times;
+        if times >= MAX_NACKS {
             return Err(SenderError::Refused(seq.0));
         }
-        entry.link = None;
-        self.waiting.insert(seq);
+        // Its connection may be lost already, and the chunk waiting.
+        if entry.link.take().is_some() {
+            self.waiting.insert(seq);
+        }
         Ok(())
     }
 
@@ -269,13 +284,18 @@ mod tests {
 
     #[test]
     fn forged_ack_of_what_was_not_sent_is_refused() {
+        let bad = |result| assert!(matches!(result, Err(SenderError::BadAck { .. })));
         let mut sender = filled(2);
-        assert!(matches!(sender.ack(Seq(3), StreamOffset(3000), T), Err(SenderError::BadAck { .. })));
+        bad(sender.ack(Seq(3), StreamOffset(3000), T));
+        bad(sender.ack(Seq(1), StreamOffset(1000), T));
+        sender.link_up(LinkId(0));
+        while sender.poll_transmit(T).is_some() {}
+        bad(sender.ack(Seq(1), StreamOffset(9), T));
         let mut sender = filled(2);
-        assert!(matches!(sender.ack(Seq(1), StreamOffset(9), T), Err(SenderError::BadAck { .. })));
-        let mut sender = filled(2);
+        sender.link_up(LinkId(0));
+        while sender.poll_transmit(T).is_some() {}
         sender.ack(Seq(2), StreamOffset(2000), T).unwrap();
-        assert!(matches!(sender.ack(Seq(1), StreamOffset(1000), T), Err(SenderError::BadAck { .. })));
+        bad(sender.ack(Seq(1), StreamOffset(1000), T));
         assert!(sender.is_idle());
     }
 
@@ -283,14 +303,31 @@ mod tests {
     fn a_refused_chunk_goes_again_but_not_for_ever() {
         let mut sender = filled(1);
         sender.link_up(LinkId(0));
-        assert_eq!(sender.nack(Seq(0)), Err(SenderError::BadNack(0)));
-        for _ in 1..MAX_NACKS {
+        assert_eq!(sender.nack(Seq(0), 1), Err(SenderError::BadNack(0)));
+        for times in 1..MAX_NACKS {
             assert_eq!(sender.poll_transmit(T), Some((LinkId(0), Seq(0))));
             sender.written(LinkId(0));
-            sender.nack(Seq(0)).unwrap();
+            sender.nack(Seq(0), times).unwrap();
         }
         sender.poll_transmit(T).unwrap();
-        assert_eq!(sender.nack(Seq(0)), Err(SenderError::Refused(0)));
+        assert_eq!(sender.nack(Seq(0), MAX_NACKS), Err(SenderError::Refused(0)));
+    }
+
+    #[test]
+    fn a_refusal_said_again_or_too_late_changes_nothing() {
+        let mut sender = filled(2);
+        sender.link_up(LinkId(0));
+        while sender.poll_transmit(T).is_some() {}
+        // It crosses with the loss of the connection.
+        sender.link_down(LinkId(0));
+        sender.nack(Seq(0), 1).unwrap();
+        sender.link_up(LinkId(0));
+        assert_eq!(sender.poll_transmit(T), Some((LinkId(0), Seq(0))));
+        assert_eq!(sender.poll_transmit(T), Some((LinkId(0), Seq(1))));
+        sender.nack(Seq(0), 1).unwrap();
+        sender.ack(Seq(1), StreamOffset(1000), T).unwrap();
+        sender.nack(Seq(0), 2).unwrap();
+        assert_eq!(sender.poll_transmit(T), None);
     }
 
     #[test]
@@ -303,7 +340,19 @@ mod tests {
             sender.push(10, MAX_RAW_PAYLOAD as u64, StreamOffset(pushed));
         }
         assert_eq!(pushed, 3);
+        sender.link_up(LinkId(0));
+        sender.poll_transmit(T).unwrap();
         sender.ack(Seq(1), StreamOffset(1), T).unwrap();
         assert!(sender.has_room());
+    }
+
+    #[test]
+    fn small_chunks_do_not_run_ahead_of_what_the_receiver_reorders() {
+        let mut sender = sender();
+        let room = (1..).take_while(|end| {
+            sender.push(1, 1, StreamOffset(*end));
+            sender.has_room()
+        });
+        assert_eq!(room.count() as u64 + 1, MAX_REORDER);
     }
 }
