@@ -80,7 +80,7 @@ fn a_corrupted_page_is_found_by_the_guest() -> Result<()> {
     let guest = Qemu::launch(&kit, dir.path(), "a", &spec)?.booted()?;
     guest.guest_ok_for(Duration::from_millis(200))?;
     ram::flip_a_test_page(&backing)?;
-    let found = guest.guest_ok_for(Duration::from_secs(5)).unwrap_err().to_string();
+    let found = format!("{:#}", guest.guest_ok_for(Duration::from_secs(5)).unwrap_err());
     assert!(found.contains("why=checksum"), "{found}");
     Ok(())
 }
