@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dwcp_link::{Reader, Writer};
 use dwcp_proto::limits::MAX_CONTROL;
-use dwcp_proto::message::{Ack, Body, Nack, Ping, Purpose};
+use dwcp_proto::message::{Ack, Body, Ping, Purpose};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{debug, info};
@@ -46,10 +46,9 @@ pub(crate) enum Event {
 
 /// What the peer says to the source's data path. It has a queue of its own: the migration's task may have to wait for a VMM
 /// which itself waits until its data flows.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum DataEvent {
     Ack(Ack),
-    Nack(Nack),
     /// The control connection stands again; what was said may have been lost.
     Up,
 }
@@ -164,7 +163,7 @@ impl Server {
                     },
                     Origin::Accept(arrivals, state) => match arrivals.recv().await {
                         Some(arrival) => {
-                            let ack = *state.borrow_and_update();
+                            let ack = state.borrow_and_update().clone();
                             arrival.accept(session, ack.next, ack.applied).await.map(Some)
                         }
                         None => Ok(None),
@@ -250,7 +249,7 @@ async fn next_ack(acks: &mut Option<watch::Receiver<Ack>>, last: Instant) -> Ack
     }
     watched.mark_changed();
     sleep_until((last + ACK_PAUSE).into()).await;
-    *watched.borrow_and_update()
+    watched.borrow_and_update().clone()
 }
 
 async fn read_all(
@@ -273,17 +272,13 @@ async fn read_all(
                 return Some(WireError::Unexpected { got: "a chunk", expected: "a message" });
             }
         };
-        let said = match (&body, data) {
-            (Body::Ack(ack), Some(data)) => Some((data, DataEvent::Ack(*ack))),
-            (Body::Nack(nack), Some(data)) => Some((data, DataEvent::Nack(*nack))),
-            _ => None,
-        };
-        if let Some((data, said)) = said {
-            // Late words to a data path that has ended are no matter.
-            let _ = data.send(said).await;
-            continue;
-        }
         match body {
+            Body::Ack(ack) if data.is_some() => {
+                if let Some(data) = data {
+                    // Late words to a data path that has ended are no matter.
+                    let _ = data.send(DataEvent::Ack(ack)).await;
+                }
+            }
             // A full queue means a peer that asks faster than it reads; the newest question is answered later.
             Body::Ping(ping) => drop(pongs.try_send(ping)),
             Body::Pong(ping) => {

@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 
 use dwcp_hde::HDE_VERSION;
 use dwcp_link::{Identity, ListenOptions, Listener};
+use dwcp_proto::handover::Resolution;
 use dwcp_proto::message::{MINOR, Offer};
 use dwcp_proto::negotiate::{MAX_STREAMS, MIN_WINDOW};
-use dwcp_proto::{Codec, MigrationId, NodeKey, SessionId, VmName};
+use dwcp_proto::{Codec, MigrationId, NodeKey, SessionId, Side, VmName};
 use dwcp_vmm::preflight;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, debug, info, info_span, warn};
 
@@ -29,11 +30,12 @@ use crate::guest::{Guest, qmp_failure};
 use crate::handshake::{Arrival, Greeted, Joining, Newcomer, Session, nonce, receive};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
+use crate::reins::{Held, Order, Reins, reins};
 use crate::report::Report;
 use crate::spec::{IncomingSpec, MigrateSpec, Vmm};
-use crate::status::{Phase, Role, Status};
+use crate::status::{Explanation, Phase, Role, Status};
 use crate::wire::link_failure;
-use crate::{journal, recovery, source};
+use crate::{explain, journal, recovery, source};
 
 /// Whether v3 may be used now, and why; the flag source keeps it up to date.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,7 +152,7 @@ struct Registry {
 /// A migration and its task.
 struct Entry {
     report: Arc<Report>,
-    cancel: watch::Sender<bool>,
+    held: Held,
     task: Option<JoinHandle<()>>,
 }
 
@@ -160,6 +162,7 @@ struct Waiting {
     spec: IncomingSpec,
     guest: Guest,
     report: Arc<Report>,
+    reins: Reins,
 }
 
 /// Connections that have not yet said what they want, or wait for the answer; a plain one has proved nothing until then. Each has
@@ -240,9 +243,9 @@ impl Engine {
         }
         let id = made_id("in", &spec.vm)?;
         let report = Arc::new(Report::new(id.clone(), spec.vm.clone(), Role::Destination, spec.from.clone()));
-        let cancel = watch::Sender::new(false);
-        let entry = Entry { report: report.clone(), cancel, task: None };
-        let waiting = Waiting { id: id.clone(), spec: spec.clone(), guest, report: report.clone() };
+        let (held, reins) = reins();
+        let entry = Entry { report: report.clone(), held, task: None };
+        let waiting = Waiting { id: id.clone(), spec: spec.clone(), guest, report: report.clone(), reins };
         let mut registry = shared.registry();
         registry.forget_ended();
         registry.migrations.insert(id, entry);
@@ -270,17 +273,16 @@ impl Engine {
             let text = format!("VM {} is being migrated already, as {other}", spec.vm);
             return Err(Failure::new("already_migrating", Blame::Operator, text, "wait for it or cancel it"));
         }
-        let journals = journal::folder(&self.shared.config.state_dir);
-        if journals.join(format!("{id}.source.jsonl")).exists() {
+        if journal::path(&self.shared.config.state_dir, &id, Side::Source).exists() {
             let text = format!("a migration {id} has been journaled here before");
             return Err(Failure::new("id_used", Blame::Operator, text, "choose another --id"));
         }
         let report = Arc::new(Report::new(id.clone(), spec.vm.clone(), Role::Source, spec.to.clone()));
-        let (cancel, cancelled) = watch::channel(false);
+        let (held, reins) = reins();
         let span = info_span!("migration", id = %id, vm = %spec.vm, role = "source");
-        let run = source::run(self.shared.clone(), id.clone(), spec, report.clone(), cancelled);
+        let run = source::run(self.shared.clone(), id.clone(), spec, report.clone(), reins);
         let task = Some(tokio::spawn(run.instrument(span)));
-        registry.migrations.insert(id.clone(), Entry { report, cancel, task });
+        registry.migrations.insert(id.clone(), Entry { report, held, task });
         Ok(id)
     }
 
@@ -325,7 +327,7 @@ impl Engine {
                 let text = format!("there is no migration {id} here");
                 return Err(Failure::new("unknown_migration", Blame::Operator, text, "see dwcpctl list"));
             };
-            entry.cancel.send_replace(true);
+            entry.held.cancel();
             let (report, watched) = (entry.report.clone(), entry.report.watch());
             // One that still waits for its source has no task to tell.
             if let Some(vm) = registry.waiting.values().find(|w| w.id == *id).map(|w| w.spec.vm.clone()) {
@@ -341,6 +343,42 @@ impl Engine {
         Ok(status)
     }
 
+    /// Tells what happened to a migration, from its journals: also after a restart. One story for each side that this node was.
+    pub async fn explain(&self, id: &MigrationId) -> Result<Vec<Explanation>, Failure> {
+        let (dir, id, status) = (self.shared.config.state_dir.clone(), id.clone(), self.get(id));
+        let told = tokio::task::spawn_blocking(move || explain::explain(&dir, &id, status));
+        let failed =
+            |_| Err(Failure::new("task", Blame::Local, "reading the journal failed", "please report this"));
+        told.await.unwrap_or_else(failed)
+    }
+
+    /// An operator decides where the agents may not. Returns what the decision does; with `act` it has been taken.
+    pub async fn resolve(
+        &self,
+        id: &MigrationId,
+        decision: Resolution,
+        act: bool,
+    ) -> Result<String, Failure> {
+        let held = self.shared.registry().migrations.get(id).map(|entry| entry.held.clone());
+        let Some(held) = held else {
+            let text = format!("there is no migration {id} here");
+            return Err(Failure::new(
+                "unknown_migration",
+                Blame::Operator,
+                text,
+                "see dwcpctl list and explain",
+            ));
+        };
+        let (reply, answer) = oneshot::channel();
+        let order = Order { decision, act, reply };
+        let over = || {
+            let text = format!("migration {id} is over; there is nothing to resolve");
+            Failure::new("not_in_doubt", Blame::Operator, text, "see dwcpctl explain")
+        };
+        held.order(order).await.map_err(|_| over())?;
+        answer.await.map_err(|_| over())?
+    }
+
     /// Refuses new work, takes back what has not committed, and lets handovers come to their end; bounded in time.
     pub async fn shutdown(&self) {
         let tasks: Vec<_> = {
@@ -351,7 +389,7 @@ impl Engine {
                 .migrations
                 .values_mut()
                 .filter_map(|entry| {
-                    entry.cancel.send_replace(true);
+                    entry.held.cancel();
                     entry.task.take()
                 })
                 .collect()
@@ -436,14 +474,14 @@ impl Shared {
         &self,
         report: Arc<Report>,
         session: Option<(Arc<Session>, mpsc::Sender<Arrival>)>,
-        cancel: watch::Sender<bool>,
-        task: Option<JoinHandle<()>>,
+        held: Held,
+        task: JoinHandle<()>,
     ) {
         let mut registry = self.registry();
         if let Some((session, arrivals)) = session {
             registry.sessions.insert(session.id, (session, arrivals));
         }
-        registry.migrations.insert(report.status().id, Entry { report, cancel, task });
+        registry.migrations.insert(report.status().id, Entry { report, held, task: Some(task) });
     }
 
     /// How long the agent has been stopping.
@@ -585,15 +623,16 @@ impl Shared {
             Ok(None) => return Err((waiting, None)),
             Err(failure) => return Err((waiting, Some(failure))),
         };
-        let Waiting { id: old, spec, guest, report } = waiting;
+        let Waiting { id: old, spec, guest, report, reins } = waiting;
         report.set(|s| s.id = id.clone());
         let span = info_span!("migration", id = %id, vm = %spec.vm, role = "destination");
         let agreed = Agreed { id: id.clone(), spec, guest, session, control: (reader, writer), arrivals };
         let mut registry = self.registry();
-        let cancel = registry.migrations.remove(&old).map_or_else(|| watch::Sender::new(false), |e| e.cancel);
-        let run = destination::run(self.clone(), agreed, report.clone(), cancel.subscribe());
+        let run = destination::run(self.clone(), agreed, report.clone(), reins);
         let task = Some(tokio::spawn(run.instrument(span)));
-        registry.migrations.insert(id, Entry { report, cancel, task });
+        if let Some(entry) = registry.migrations.remove(&old) {
+            registry.migrations.insert(id, Entry { task, ..entry });
+        }
         Ok(())
     }
 }

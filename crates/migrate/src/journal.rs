@@ -49,15 +49,19 @@ pub(crate) fn folder(state_dir: &Path) -> PathBuf {
     state_dir.join("journal")
 }
 
+/// Where the journal of a migration lies.
+pub(crate) fn path(state_dir: &Path, id: &MigrationId, side: Side) -> PathBuf {
+    let side = match side {
+        Side::Source => "source",
+        Side::Destination => "destination",
+    };
+    folder(state_dir).join(format!("{id}.{side}.jsonl"))
+}
+
 impl Journal {
     /// Makes the journal of a new migration; fails if there is one already.
     pub(crate) async fn create(state_dir: &Path, id: &MigrationId, side: Side) -> Result<Self, WriteError> {
-        let side = match side {
-            Side::Source => "source",
-            Side::Destination => "destination",
-        };
-        let folder = folder(state_dir);
-        let path = folder.join(format!("{id}.{side}.jsonl"));
+        let (folder, path) = (folder(state_dir), path(state_dir, id, side));
         let made = path.clone();
         let file = tokio::task::spawn_blocking(move || -> io::Result<File> {
             let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&made)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dwcp_proto::handover::{
-    Action, Alarm, Destination, Handled, Input, Outcome, Refused, Source, VmmCommand, VmmState,
+    Action, Alarm, Destination, Handled, Input, Outcome, Refused, Resolution, Source, VmmCommand, VmmState,
 };
 use dwcp_proto::message::{Body, Signed};
 use dwcp_proto::{Side, signed};
@@ -118,6 +118,21 @@ impl Pilot {
             Err(refused @ Refused::Violation { .. }) => return Err(refused),
             Err(refused) => warn!(?input, %refused, "not taken"),
         }
+        Ok(self.carry_out().await)
+    }
+
+    /// What an operator's decision would do.
+    pub(crate) fn explain(&self, decision: Resolution) -> Result<&'static str, Refused> {
+        match &self.machine {
+            Machine::Source(machine) => machine.explain(decision),
+            Machine::Destination(machine) => machine.explain(decision),
+        }
+    }
+
+    /// Takes an operator's decision.
+    pub(crate) async fn resolve(&mut self, decision: Resolution) -> Result<Vec<Step>, Refused> {
+        warn!(?decision, phase = self.phase(), "an operator decides");
+        self.machine.handle(Input::Resolve(decision))?;
         Ok(self.carry_out().await)
     }
 

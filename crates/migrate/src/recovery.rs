@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use dwcp_proto::journal::{Entry, Job};
 use dwcp_proto::message::Choice;
 use dwcp_proto::{MigrationId, Mode, Path, PeerKey, Side};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tracing::{Instrument, error, info, info_span, warn};
 
 use crate::destination;
@@ -18,6 +18,7 @@ use crate::error::{Blame, Failure};
 use crate::guest::Guest;
 use crate::handshake::Session;
 use crate::journal::{self, Journal};
+use crate::reins::reins;
 use crate::report::Report;
 use crate::source;
 use crate::status::{Phase, Role};
@@ -88,7 +89,7 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
         s.path = Some(job.path.clone());
     });
     let span = info_span!("migration", id = %id, vm = %job.vm, role = ?role);
-    let (cancel, cancelled) = watch::channel(false);
+    let (held, reins) = reins();
     let revived = Revived {
         id,
         session: session.clone(),
@@ -100,15 +101,15 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
     let shared_too = shared.clone();
     match side {
         Side::Source => {
-            let run = source::resume(shared_too, revived, report.clone(), cancelled);
+            let run = source::resume(shared_too, revived, report.clone(), reins);
             let task = tokio::spawn(run.instrument(span));
-            shared.adopt(report, None, cancel, Some(task));
+            shared.adopt(report, None, held, task);
         }
         Side::Destination => {
             let (arrivals_tx, arrivals) = mpsc::channel(destination::ARRIVALS);
-            let run = destination::resume(shared_too, revived, arrivals, report.clone(), cancelled);
+            let run = destination::resume(shared_too, revived, arrivals, report.clone(), reins);
             let task = tokio::spawn(run.instrument(span));
-            shared.adopt(report, Some((session, arrivals_tx)), cancel, Some(task));
+            shared.adopt(report, Some((session, arrivals_tx)), held, task);
         }
     }
 }

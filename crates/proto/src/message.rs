@@ -13,7 +13,7 @@
 //!   | Join: session, purpose, signature                   |
 //!   |                     Joined: where to go on          |  or Refused
 //!   | chunks (v3), or the VMM's bytes as they are (v1)    |
-//!   |              Ack, Nack  (on the control connection) |
+//!   |              Ack        (on the control connection) |
 //!   | StreamEnd (v1), or a chunk of kind end (v3)         |
 //!   |              Signed(Receipt)                        |
 //!   | Signed(Commit)                                      |
@@ -31,7 +31,7 @@ pub const MINOR: u32 = 0;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Message {
     /// What it says; a body unknown here (a newer peer's) decodes as `None`.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14")]
     pub body: Option<Body>,
 }
 
@@ -65,9 +65,6 @@ pub enum Body {
     /// What was applied.
     #[prost(message, tag = "9")]
     Ack(Ack),
-    /// Asks for a chunk again.
-    #[prost(message, tag = "10")]
-    Nack(Nack),
     /// The v1 stream is complete.
     #[prost(message, tag = "11")]
     StreamEnd(StreamEnd),
@@ -285,8 +282,9 @@ pub struct Joined {
     pub signature: Vec<u8>,
 }
 
-/// What was verified and applied.
-#[derive(Clone, Copy, PartialEq, prost::Message)]
+/// What was verified and applied, and what was refused: the receiver's whole state towards the sender. A later one replaces an
+/// earlier one, so it may be said again at any time, and must be on each new connection.
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct Ack {
     /// The next chunk that was not; all before it were.
     #[prost(uint64, tag = "1")]
@@ -294,14 +292,20 @@ pub struct Ack {
     /// The offset in the VMM's stream up to which all was applied.
     #[prost(uint64, tag = "2")]
     pub applied: u64,
+    /// Chunks that are wanted again.
+    #[prost(message, repeated, tag = "3")]
+    pub refused: Vec<Refusal>,
 }
 
-/// Asks for a chunk again: its payload did not match its digest.
-#[derive(Clone, Copy, PartialEq, prost::Message)]
-pub struct Nack {
+/// A chunk is wanted again: its payload did not match its digest.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Refusal {
     /// Which chunk.
     #[prost(uint64, tag = "1")]
     pub seq: u64,
+    /// How often it was refused so far.
+    #[prost(uint32, tag = "2")]
+    pub times: u32,
 }
 
 /// The v1 stream is complete.
@@ -362,7 +366,6 @@ impl Body {
             Body::Join(_) => "join",
             Body::Joined(_) => "joined",
             Body::Ack(_) => "ack",
-            Body::Nack(_) => "nack",
             Body::StreamEnd(_) => "stream_end",
             Body::Signed(_) => "signed",
             Body::Ping(_) => "ping",

@@ -56,7 +56,7 @@ pub(crate) async fn receive(
                     applied += bytes as u64;
                     incoming.counters.raw.add(bytes as u64);
                     incoming.counters.wire.add(bytes as u64);
-                    acks.send_replace(Ack { next: 0, applied });
+                    acks.send_replace(Ack { applied, ..Ack::default() });
                 }
                 Err(error) => drop(lost(&mut connection, error.into())),
             },

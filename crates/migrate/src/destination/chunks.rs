@@ -3,7 +3,7 @@
 //! ```text
 //! links (a task each): signed header ─► admit ─► payload ─┐
 //!                                                         ▼ pool: digest, decode
-//! Ack, Nack ◄── applied ◄── sink (the VMM's socket) ◄── in order
+//! Ack ◄── applied ◄── sink (the VMM's socket) ◄── in order
 //! ```
 
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ use dwcp_hde::DecodeError;
 use dwcp_link::Reader;
 use dwcp_proto::chunk::{ChunkError, Kind, SIGNED_HEADER_LEN};
 use dwcp_proto::handover::Transfer;
-use dwcp_proto::message::{Ack, Body, Nack};
+use dwcp_proto::message::{Ack, Refusal};
 use dwcp_proto::receiver::{Admission, Receiver};
 use dwcp_proto::sender::MAX_NACKS;
 use dwcp_proto::{Seq, Verifier};
@@ -27,7 +27,6 @@ use tokio::task::JoinSet;
 use tracing::{Instrument, info, warn};
 
 use super::{Arrived, Incoming, sink_failure};
-use crate::control::Control;
 use crate::error::{Blame, Failure};
 use crate::handshake::Arrival;
 use crate::pool::Share;
@@ -49,7 +48,6 @@ enum LinkEvent {
 /// Receives until the end of the stream was applied to `sink`.
 pub(crate) async fn receive(
     incoming: Incoming,
-    control: Control,
     mut arrivals: mpsc::Receiver<Arrival>,
     mut sink: UnixStream,
     acks: &watch::Sender<Ack>,
@@ -67,8 +65,10 @@ pub(crate) async fn receive(
             Some((seq, result)) = decoding.next() => {
                 match result {
                     Ok(Decoded::Stream(bytes)) => {
-                        lock(&receiver).verified(seq);
-                        ready.insert(seq, bytes);
+                        // Another copy may have been faster.
+                        if lock(&receiver).verified(seq) {
+                            ready.insert(seq, bytes);
+                        }
                     }
                     Ok(Decoded::Altered(error)) => {
                         incoming.metrics.byzantine_attempt("payload_flip");
@@ -78,9 +78,8 @@ pub(crate) async fn receive(
                             return Err(attack("payload_flip", &error));
                         }
                         warn!(%seq, %error, "chunk refused, asking for it again");
-                        if lock(&receiver).refused(seq) {
-                            control.say(Body::Nack(Nack { seq: seq.0 })).await;
-                        }
+                        lock(&receiver).refused(seq);
+                        acks.send_modify(|ack| ack.refused = wanted(&receiver, &refusals));
                     }
                     Ok(Decoded::Malformed(error)) => return Err(attack("malformed_chunk", &error)),
                     Err(_) => {
@@ -88,7 +87,7 @@ pub(crate) async fn receive(
                     }
                 }
                 refusals.retain(|seq, _| *seq >= lock(&receiver).next());
-                if let Some(transfer) = apply(&receiver, &mut ready, &mut sink, &incoming, acks).await? {
+                if let Some(transfer) = apply(&receiver, &mut ready, &refusals, &mut sink, &incoming, acks).await? {
                     return Ok(Arrived { transfer, _sink: sink, _connections: Box::new(links) });
                 }
             }
@@ -129,10 +128,18 @@ fn attack(kind: &str, error: &dyn std::error::Error) -> Failure {
     Failure::new(kind, Blame::PeerMisbehaving, error.to_string(), hint)
 }
 
+/// The refused chunks that have not come again since.
+fn wanted(receiver: &Mutex<Receiver>, refusals: &HashMap<Seq, u32>) -> Vec<Refusal> {
+    let receiver = lock(receiver);
+    let lacking = refusals.iter().filter(|(seq, _)| receiver.lacks(**seq));
+    lacking.map(|(seq, times)| Refusal { seq: seq.0, times: *times }).collect()
+}
+
 /// Applies everything that is next in order; the transfer once the end was.
 async fn apply(
     receiver: &Mutex<Receiver>,
     ready: &mut HashMap<Seq, Vec<u8>>,
+    refusals: &HashMap<Seq, u32>,
     sink: &mut UnixStream,
     incoming: &Incoming,
     acks: &watch::Sender<Ack>,
@@ -154,14 +161,17 @@ async fn apply(
         let (ack, root) = {
             let mut receiver = lock(receiver);
             receiver.applied();
-            (Ack { next: receiver.next().0, applied: receiver.offset().0 }, receiver.root())
+            let (next, applied) = (receiver.next().0, receiver.offset().0);
+            (Ack { next, applied, refused: Vec::new() }, receiver.root())
         };
+        let applied = ack.applied;
+        let ack = Ack { refused: wanted(receiver, refusals), ..ack };
         if header.kind == Kind::Data {
             incoming.counters.chunks.add(1);
         }
         acks.send_replace(ack);
         if let Some(root) = root {
-            return Ok(Some(Transfer { stream_len: ack.applied, root }));
+            return Ok(Some(Transfer { stream_len: applied, root }));
         }
     }
 }

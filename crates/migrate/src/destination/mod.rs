@@ -36,8 +36,9 @@ use crate::metrics::{InFlight, Metrics};
 use crate::pilot::{Machine, Pilot, Step};
 use crate::pool::Share;
 use crate::recovery::{self, Revived};
+use crate::reins::{Pull, Reins};
 use crate::report::Report;
-use crate::source::{asked, closing};
+use crate::source::closing;
 use crate::spec::{IncomingSpec, Leave};
 use crate::status::Phase;
 
@@ -72,16 +73,11 @@ pub(crate) struct Agreed {
 }
 
 /// Receives the VM. The report's status is final when this returns.
-pub(crate) async fn run(
-    shared: Arc<Shared>,
-    agreed: Agreed,
-    report: Arc<Report>,
-    cancel: watch::Receiver<bool>,
-) {
+pub(crate) async fn run(shared: Arc<Shared>, agreed: Agreed, report: Arc<Report>, reins: Reins) {
     let mut in_flight = shared.metrics.in_flight();
     in_flight.path(agreed.session.path);
     let session = agreed.session.id;
-    if let Err(error) = attempt(&shared, agreed, &report, cancel, in_flight).await {
+    if let Err(error) = attempt(&shared, agreed, &report, reins, in_flight).await {
         let failure = Failure::new(
             "journal_failed",
             Blame::Local,
@@ -99,7 +95,7 @@ async fn attempt(
     shared: &Arc<Shared>,
     agreed: Agreed,
     report: &Arc<Report>,
-    cancel: watch::Receiver<bool>,
+    reins: Reins,
     in_flight: InFlight,
 ) -> Result<(), WriteError> {
     let Agreed { id, spec, guest, session, control: first, arrivals } = agreed;
@@ -140,10 +136,10 @@ async fn attempt(
         counters,
         metrics: shared.metrics.clone(),
     };
-    let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
-    let mut run = Run::new(shared, &id, report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
+    let pilot = Pilot::new(machine, journal, session, control, guest.clone());
+    let mut run = Run::new(shared, &id, report, pilot, guest, incoming, acks_tx, rejoins_tx);
     run.in_flight = Some(in_flight);
-    run.drive(events, arrivals, cancel).await;
+    run.drive(events, arrivals, reins).await;
     drop(run);
     let _ = timeout(LINGER, server).await;
     Ok(())
@@ -156,7 +152,7 @@ pub(crate) async fn resume(
     revived: Revived,
     arrivals: mpsc::Receiver<Arrival>,
     report: Arc<Report>,
-    cancel: watch::Receiver<bool>,
+    reins: Reins,
 ) {
     let Revived { id, session, guest, journal, entries, .. } = revived;
     let guest = Arc::new(guest);
@@ -178,10 +174,10 @@ pub(crate) async fn resume(
         metrics: shared.metrics.clone(),
     };
     let known = session.id;
-    let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
-    let mut run = Run::new(&shared, &id, &report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
+    let pilot = Pilot::new(machine, journal, session, control, guest.clone());
+    let mut run = Run::new(&shared, &id, &report, pilot, guest, incoming, acks_tx, rejoins_tx);
     run.dark_since = Some(Instant::now());
-    run.drive(events, arrivals, cancel).await;
+    run.drive(events, arrivals, reins).await;
     drop(run);
     let _ = timeout(LINGER, server).await;
     shared.forget(&known);
@@ -203,7 +199,6 @@ struct Run {
     report: Arc<Report>,
     pilot: Pilot,
     guest: Arc<Guest>,
-    control: Control,
     incoming: Incoming,
     acks: watch::Sender<Ack>,
     rejoins: mpsc::Sender<Arrival>,
@@ -228,7 +223,6 @@ impl Run {
         report: &Arc<Report>,
         pilot: Pilot,
         guest: Arc<Guest>,
-        control: Control,
         incoming: Incoming,
         acks: watch::Sender<Ack>,
         rejoins: mpsc::Sender<Arrival>,
@@ -239,7 +233,6 @@ impl Run {
             report: report.clone(),
             pilot,
             guest,
-            control,
             incoming,
             acks,
             rejoins,
@@ -259,14 +252,13 @@ impl Run {
         &mut self,
         mut events: mpsc::Receiver<Event>,
         mut arrivals: mpsc::Receiver<Arrival>,
-        mut cancel: watch::Receiver<bool>,
+        mut reins: Reins,
     ) {
         let mut qmp = self.guest.reach().await.ok().map(|qemu| qemu.events());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut retry = interval(RETRY);
         retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut cancelling = false;
         let steps = self.pilot.begin().await;
         self.take(steps).await;
         let guest = self.guest.clone();
@@ -301,13 +293,16 @@ impl Run {
                     self.failure.get_or_insert(failure);
                     self.feed(Input::Vmm(VmmState::Gone)).await;
                 }
-                asked = asked(&mut cancel), if !cancelling => {
-                    cancelling = true;
-                    if asked {
+                pull = reins.pull() => match pull {
+                    Pull::Cancel => {
                         let failure = Failure::new("cancelled", Blame::Operator, AbortReason::Cancelled.advice(), "");
                         self.fail(AbortReason::Cancelled, failure).await;
                     }
-                }
+                    Pull::Order(order) => {
+                        let steps = order.give(&mut self.pilot).await;
+                        self.take(steps).await;
+                    }
+                },
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 _ = tick.tick() => self.look().await,
                 // What cannot be ended now is gone on with from the journal.
@@ -323,6 +318,10 @@ impl Run {
                     None => return,
                 },
                 Some(arrival) = arrivals.recv() => self.arrival(arrival).await,
+                Pull::Order(order) = reins.pull() => {
+                    let steps = order.give(&mut self.pilot).await;
+                    self.take(steps).await;
+                }
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 true = closing(&self.shared) => return,
             }
@@ -390,12 +389,11 @@ impl Run {
         let sink = sink?;
         let (data_tx, data) = mpsc::channel(ARRIVALS);
         self.data = Some(data_tx);
-        let (incoming, control, end) =
-            (self.incoming.clone(), self.control.clone(), self.stream_end.subscribe());
+        let (incoming, end) = (self.incoming.clone(), self.stream_end.subscribe());
         let acks = self.acks.clone();
         let carry = async move {
             match incoming.session.path {
-                Path::V3 => chunks::receive(incoming, control, data, sink, &acks).await,
+                Path::V3 => chunks::receive(incoming, data, sink, &acks).await,
                 Path::V1 => bytes::receive(incoming, end, data, sink, &acks).await,
             }
         };

@@ -139,7 +139,7 @@ impl Ring {
             Some(DataEvent::Up) if self.ended => {
                 control.say(Body::StreamEnd(StreamEnd { length: self.end })).await;
             }
-            Some(DataEvent::Up | DataEvent::Nack(_)) => {}
+            Some(DataEvent::Up) => {}
             None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
         }
         Ok(())

@@ -67,7 +67,6 @@ pub(crate) async fn send(
             biased;
             said = peer.recv() => match said {
                 Some(DataEvent::Ack(ack)) => stage.acked(ack)?,
-                Some(DataEvent::Nack(nack)) => stage.refused(Seq(nack.seq))?,
                 Some(DataEvent::Up) => {}
                 None => return Err(ended()),
             },
@@ -244,17 +243,20 @@ impl Stage {
         for latency in acked.latencies {
             self.out.metrics.v3_acknowledged(self.out.session.mode, latency);
         }
+        for refusal in ack.refused {
+            debug!(
+                seq = refusal.seq,
+                times = refusal.times,
+                "wanted again: its payload was altered on the way"
+            );
+            self.sender.nack(Seq(refusal.seq), refusal.times).map_err(broken)?;
+        }
         if self.sender.is_idle()
             && let Some(since) = self.busy_since.take()
         {
             self.out.metrics.busy(Some(self.out.session.mode), since.elapsed());
         }
         Ok(())
-    }
-
-    fn refused(&mut self, seq: Seq) -> Result<(), Failure> {
-        info!(%seq, "the destination asks for a chunk again: its payload was altered on the way");
-        self.sender.nack(seq).map_err(broken)
     }
 
     fn link(&mut self, event: LinkEvent) -> Result<(), Failure> {

@@ -20,7 +20,7 @@ use dwcp_proto::message::Body;
 use dwcp_proto::{MigrationId, Path, Side};
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
 use dwcp_vmm::socket::MigrationListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tracing::{Instrument, debug, info, warn};
@@ -37,6 +37,7 @@ use crate::metrics::{InFlight, Metrics};
 use crate::pilot::{Machine, Pilot, Step};
 use crate::pool::Share;
 use crate::recovery::{self, Revived};
+use crate::reins::{Pull, Reins};
 use crate::report::Report;
 use crate::spec::{Leave, MigrateSpec};
 use crate::status::Phase;
@@ -97,10 +98,10 @@ pub(crate) async fn run(
     id: MigrationId,
     spec: MigrateSpec,
     report: Arc<Report>,
-    cancel: watch::Receiver<bool>,
+    reins: Reins,
 ) {
     let in_flight = shared.metrics.in_flight();
-    if let Err(failure) = attempt(&shared, &id, spec, &report, cancel, in_flight).await {
+    if let Err(failure) = attempt(&shared, &id, spec, &report, reins, in_flight).await {
         warn!(code = %failure.code, "{failure}");
         report.end(Phase::Aborted, Some(failure));
         shared.metrics.ended(&report.status());
@@ -113,7 +114,7 @@ async fn attempt(
     id: &MigrationId,
     spec: MigrateSpec,
     report: &Arc<Report>,
-    mut cancel: watch::Receiver<bool>,
+    mut reins: Reins,
     mut in_flight: InFlight,
 ) -> Result<(), Failure> {
     let deadline = spec.deadline.map(|d| Instant::now() + d);
@@ -124,7 +125,7 @@ async fn attempt(
     };
     let plan = tokio::select! {
         plan = prepare => plan?,
-        true = asked(&mut cancel) => return Err(cancelled()),
+        () = reins.cancelled() => return Err(cancelled()),
     };
     let Plan { guest, met, choice, dialler, guest_ran, downtime, .. } = plan;
     let (session, reader, writer) = met.confirm(shared.config.key.clone(), choice).await?;
@@ -182,7 +183,7 @@ async fn attempt(
     run.deadline = deadline;
     run.data = Some(data);
     run.in_flight = Some(in_flight);
-    run.drive(events, cancel).await;
+    run.drive(events, reins).await;
     // Dropping the control lets its task say what is queued, then close.
     drop(run);
     let _ = timeout(LINGER, server).await;
@@ -191,12 +192,7 @@ async fn attempt(
 
 /// Goes on with a migration of an earlier life of this agent, from its journal: before the commit it is taken back, after it the
 /// handover is finished. Returns once the destination, too, knows how it ended.
-pub(crate) async fn resume(
-    shared: Arc<Shared>,
-    revived: Revived,
-    report: Arc<Report>,
-    cancel: watch::Receiver<bool>,
-) {
+pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Report>, reins: Reins) {
     let Revived { id, session, guest, journal, entries, peer_addr, .. } = revived;
     let guest = Arc::new(guest);
     let machine = match Source::recover(&entries, guest.at_source().await) {
@@ -231,7 +227,7 @@ pub(crate) async fn resume(
         bucket: Arc::new(Mutex::new(Bucket::new(None))),
     };
     let mut run = Run::new(&shared, &id, &report, pilot, guest, control, outgoing);
-    run.drive(events, cancel).await;
+    run.drive(events, reins).await;
     drop(run);
     let _ = timeout(LINGER, server).await;
 }
@@ -244,12 +240,6 @@ pub(crate) async fn closing(shared: &Shared) -> bool {
             return true;
         }
     }
-}
-
-/// Waits until the migration is to be cancelled; false if nobody can ask any more.
-pub(crate) async fn asked(cancel: &mut watch::Receiver<bool>) -> bool {
-    // The guard must not live across the caller's awaits.
-    cancel.wait_for(|c| *c).await.is_ok()
 }
 
 fn cancelled() -> Failure {
@@ -339,13 +329,12 @@ impl Run {
         }
     }
 
-    async fn drive(&mut self, mut events: mpsc::Receiver<Event>, mut cancel: watch::Receiver<bool>) {
+    async fn drive(&mut self, mut events: mpsc::Receiver<Event>, mut reins: Reins) {
         let mut qmp = self.guest.reach().await.ok().map(|qemu| qemu.events());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut retry = interval(RETRY);
         retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut cancelling = false;
         let steps = self.pilot.begin().await;
         self.take(steps).await;
         let guest = self.guest.clone();
@@ -377,12 +366,15 @@ impl Run {
                     gone_seen = true;
                     self.feed(Input::Vmm(VmmState::Gone)).await;
                 }
-                asked = asked(&mut cancel), if !cancelling => {
-                    cancelling = true;
-                    if asked {
+                pull = reins.pull() => match pull {
+                    Pull::Cancel => {
                         self.fail(AbortReason::Cancelled, cancelled()).await;
                     }
-                }
+                    Pull::Order(order) => {
+                        let steps = order.give(&mut self.pilot).await;
+                        self.take(steps).await;
+                    }
+                },
                 () = async { match deadline { Some(d) => sleep_until(d).await, None => std::future::pending().await } } => {
                     self.deadline = None;
                     let advice = AbortReason::Deadline.advice();
@@ -404,6 +396,10 @@ impl Run {
                     Some(Event::Lost(_)) | None => return,
                     Some(event) => self.control_event(event).await,
                 },
+                Pull::Order(order) = reins.pull() => {
+                    let steps = order.give(&mut self.pilot).await;
+                    self.take(steps).await;
+                }
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 true = closing(&self.shared) => return,
             }
