@@ -1,5 +1,6 @@
 //! What `cargo xtask setup` unpacked, and where.
 
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -46,7 +47,7 @@ impl Kit {
     /// It has not been set up.
     pub fn find() -> Result<Self> {
         let kit = Kit::below(&target_dir()?);
-        if !kit.stamp().is_file() {
+        if !kit.stamp().is_file() || !kit.initramfs().is_file() {
             bail!("no laboratory in {}: run `cargo xtask setup`", kit.lab.display());
         }
         Ok(kit)
@@ -75,7 +76,7 @@ impl Kit {
         &self.lab
     }
 
-    /// Written last by the setup; says what was set up.
+    /// Written once everything from Debian is there and runs; says what was unpacked.
     pub fn stamp(&self) -> PathBuf {
         self.lab.join("stamp")
     }
@@ -116,14 +117,29 @@ impl Kit {
     }
 }
 
+/// The variable with the file into which skipped tests write their line a second time: `cargo xtask test` reads it
+/// after the run, since cargo-nextest shows nothing of what a passing test says.
+pub const SKIPPED: &str = "DWCP_SKIPPED";
+
 /// Says that `test` is skipped, and why.
 ///
 /// # Panics
 /// In CI (`CI=true`), where nothing may be skipped.
 pub fn skip(test: &str, why: &str) {
-    assert!(std::env::var("CI").as_deref() != Ok("true"), "{test}: {why}");
+    assert!(!in_ci(), "{test}: {why}");
+    let line = format!("SKIPPED {test}: {}\n", why.trim().replace('\n', " "));
     // Not `eprintln!`: the test harness swallows that of a test that passes.
-    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(file) = std::env::var_os(SKIPPED) {
+        // In one write, since tests run beside each other.
+        let file = File::options().create(true).append(true).open(file);
+        let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
+    }
+}
+
+/// Whether this is CI (`CI=true`), where what cannot be tested is an error.
+pub fn in_ci() -> bool {
+    std::env::var("CI").as_deref() == Ok("true")
 }
 
 /// The target folder that this program was built into (`CARGO_TARGET_DIR` and other layouts included).

@@ -28,7 +28,7 @@ mod watch;
 
 pub use agent::{Agent, AgentConfig, CtlOutput, Listen};
 pub use guest::{GuestLoad, Mix, Report, SerialLog};
-pub use kit::{Kit, QemuVersion, skip, target_dir};
+pub use kit::{Kit, QemuVersion, SKIPPED, in_ci, skip, target_dir};
 pub use migrate::plain_migration;
 pub use qemu::{Backing, Qemu, QemuSpec, Role};
 pub use qmp::{Event, Qmp, QmpError};

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use dwcp_tests::in_ci;
 
-use crate::run::{bounded, cargo, output, root, run};
+use crate::run::{bounded, cargo, output, root, run, skip};
 use crate::tools::{DENY, with_tools};
 
 /// For lints of a workspace that was never built.
@@ -53,7 +54,7 @@ pub(crate) fn check() -> Result<()> {
     run(cargo(LINT)
         .args(["doc", "--quiet", "--release", "--workspace", "--no-deps", "--document-private-items"])
         .env("RUSTDOCFLAGS", "--deny warnings"))?;
-    if std::env::var("CI").as_deref() == Ok("true") {
+    if in_ci() {
         // Some minutes to build: not asked of everybody.
         DENY.ensure()?;
     }
@@ -71,7 +72,7 @@ pub(crate) fn check() -> Result<()> {
         ]);
         run(with_tools(&mut deny)?)?;
     } else {
-        println!("SKIPPED licences, bans, sources: no cargo-deny here (`cargo install --locked cargo-deny`)");
+        skip("licences, bans, sources", "no cargo-deny here (`cargo install --locked cargo-deny`)")?;
     }
     Ok(())
 }

@@ -14,6 +14,8 @@ use crate::test::build_programs;
 const QUICK: Duration = Duration::from_secs(60);
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const PROGRAMS: [&str; 2] = ["dwcpd", "dwcpctl"];
+/// What building the package needs beyond cargo.
+pub(crate) const TOOLS_OF_DEB: [&str; 3] = ["dpkg", "dpkg-deb", "strip"];
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 
 const COPYRIGHT: &str = "\

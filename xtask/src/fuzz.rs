@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::run::{bounded, cargo, installed, output, root, run};
+use crate::run::{bounded, cargo, installed, output, root, run, skip};
 use crate::tools::{FUZZ, with_tools};
 
 /// For building the targets.
@@ -19,8 +19,7 @@ pub(crate) fn fuzz(seconds: u64) -> Result<()> {
         String::new()
     };
     if !toolchains.lines().any(|line| line.starts_with("nightly")) {
-        println!("SKIPPED fuzz: no nightly toolchain here (`rustup toolchain install nightly`)");
-        return Ok(());
+        return skip("fuzz", "no nightly toolchain here (`rustup toolchain install nightly`)");
     }
     FUZZ.ensure()?;
     // So that a short run begins with real streams, chunks and frames.

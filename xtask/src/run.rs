@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use dwcp_tests::in_ci;
 
 /// The root of the repository.
 pub(crate) fn root() -> PathBuf {
@@ -57,6 +58,18 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 pub(crate) fn installed(program: &str) -> bool {
     let paths = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&paths).any(|folder| folder.join(program).is_file())
+}
+
+/// Says that this machine cannot do a part of a chore, and why.
+///
+/// # Errors
+/// In CI, where nothing may be skipped.
+pub(crate) fn skip(what: &str, why: &str) -> Result<()> {
+    if in_ci() {
+        bail!("{what}: {why}");
+    }
+    println!("SKIPPED {what}: {why}");
+    Ok(())
 }
 
 fn if_late(code: Option<i32>) -> &'static str {
