@@ -1,6 +1,7 @@
 //! The usual scene of an end-to-end test: a guest at node `a`, a QEMU that waits at node `b`, and an agent at each.
 
 use std::fmt::Display;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -25,6 +26,8 @@ pub struct Scene {
     pub from: Qemu,
     /// The QEMU that waits.
     pub to: Qemu,
+    /// Where `a` reaches `b` if not at its own address: a [`crate::Relay`] between them.
+    pub via: Option<SocketAddr>,
     spec: QemuSpec,
     kit: Kit,
     turns: u32,
@@ -59,7 +62,7 @@ impl Scene {
         let to = Qemu::launch(kit, dir.path(), "vm-b", &spec.destination())?;
         // The guest boots while the agents start.
         let (a, b) = Agent::pair(dir.path(), a, b)?;
-        Ok(Scene { a, b, from: from.booted()?, to, spec, kit: kit.clone(), turns: 0, dir })
+        Ok(Scene { a, b, from: from.booted()?, to, via: None, spec, kit: kit.clone(), turns: 0, dir })
     }
 
     /// Asks `b` to receive the guest from `a`.
@@ -84,7 +87,11 @@ impl Scene {
     /// # Errors
     /// As [`Scene::migrate`].
     pub fn migrate_watched(&self, arguments: &[&str], line: impl FnMut(&str)) -> Result<CtlOutput> {
-        let (qmp, target) = (self.from.qmp_path(), self.b.target()?);
+        let qmp = self.from.qmp_path();
+        let target = match self.via {
+            Some(relay) => format!("{}={relay}", self.b.node()),
+            None => self.b.target()?,
+        };
         let qmp = qmp.display();
         let mut all: Vec<&dyn Display> = vec![&"migrate", &VM, &"--qmp", &qmp, &"--to", &target, &"--json"];
         all.extend(arguments.iter().map(|word| word as &dyn Display));

@@ -5,7 +5,9 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
-use dwcp_tests::{Direction, End, LineProfile, Wan};
+use dwcp_tests::{
+    AgentConfig, Direction, End, LineProfile, QemuSpec, QemuVersion, Role, Scene, Wan, Watcher,
+};
 
 #[test]
 fn the_line_paces_and_delays() -> Result<()> {
@@ -54,6 +56,32 @@ fn a_lossy_line_loses() -> Result<()> {
     let sent = vec![3; 1_000_000];
     ensure!(client.round_trip(&sent)? == sent, "TCP makes good what the line loses");
     ensure!(wan.count()?.iter().all(|count| count.dropped > 0));
+    Ok(())
+}
+
+/// Two agents at the ends of a line like that between two sites: 200 Mbit/s, 20 ms there and back.
+#[test]
+fn a_live_guest_crosses_the_line() -> Result<()> {
+    let test = "a_live_guest_crosses_the_line";
+    let profile = LineProfile::new(200_000_000, Duration::from_millis(10));
+    let Some(kit) = Scene::kit_or_skip(test) else { return Ok(()) };
+    let Some(mut wan) = Wan::start_or_skip(test, profile)? else { return Ok(()) };
+    let at = |end: End| AgentConfig {
+        data: (end.address(), 0).into(),
+        namespace: Some(wan.namespace(end)),
+        ..AgentConfig::default()
+    };
+    let spec = QemuSpec::new(QemuVersion::V10_0, Role::Source);
+    let scene = Scene::with(&kit, spec, at(End::A), at(End::B))?;
+    let watcher = Watcher::start(&[&scene.from, &scene.to])?;
+    let result = scene.move_guest(&["--path", "v3"])?;
+    scene.to.guest_ok_for(Duration::from_secs(2))?;
+    watcher.finish()?;
+
+    ensure!(result["mode"] == "internet", "a line of 20 ms is no datacenter: {result}");
+    let carried = wan.count()?[0].delivered * 1500;
+    let said = result["wire_bytes"].as_u64().unwrap_or_default();
+    ensure!(said <= carried, "{said} bytes on the wire, but the line carried at most {carried}: {result}");
     Ok(())
 }
 
