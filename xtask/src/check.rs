@@ -117,10 +117,10 @@ mod tests {
 
     #[test]
     fn only_the_beginning_of_a_path_counts() {
-        assert!(names_path("cd /farm/x", "/farm/"));
-        assert!(names_path("\"/farm/x\"", "/farm/"));
-        assert!(!names_path("/usr/farm/x", "/farm/"));
-        assert!(!names_path("http://host/farm/x", "/farm/"));
-        assert!(!names_path("${root}/farm/x", "/farm/"));
+        assert!(names_path("cd /barn/x", "/barn/"));
+        assert!(names_path("\"/barn/x\"", "/barn/"));
+        assert!(!names_path("/usr/barn/x", "/barn/"));
+        assert!(!names_path("http://host/barn/x", "/barn/"));
+        assert!(!names_path("${root}/barn/x", "/barn/"));
     }
 }
