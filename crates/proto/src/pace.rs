@@ -6,6 +6,10 @@
 //!
 //! While the bound is what limits the sender, the measured rate is the bound over the round trip; the next
 //! bound is then larger by the budget, so it grows until the link is the limit.
+//!
+//! The rate is that between acknowledgements while bytes are in flight. Where each acknowledgement empties the line there is no such
+//! stretch; there the rate since the first byte was sent counts, but only upwards: it holds a round trip, and
+//! perhaps a source with little to say. So one slow moment cannot keep the bound so low that it is never measured again.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -25,6 +29,8 @@ pub struct Pace {
     budget: Duration,
     rtt: Option<Duration>,
     samples: VecDeque<(Duration, u64)>,
+    /// When something came to be in flight, and the total then.
+    busy: Option<(Duration, u64)>,
     total: u64,
     rate: f64,
 }
@@ -32,7 +38,7 @@ pub struct Pace {
 impl Pace {
     /// A pace that lets `budget` of the downtime be spent on bytes in flight.
     pub fn new(budget: Duration) -> Self {
-        Pace { budget, rtt: None, samples: VecDeque::new(), total: 0, rate: 0.0 }
+        Pace { budget, rtt: None, samples: VecDeque::new(), busy: None, total: 0, rate: 0.0 }
     }
 
     /// A round trip was measured; the least counts, since longer ones hold queues.
@@ -43,6 +49,11 @@ impl Pace {
     /// The least round trip seen.
     pub fn rtt(&self) -> Option<Duration> {
         self.rtt
+    }
+
+    /// Bytes are sent at `now`; it counts if nothing was in flight.
+    pub fn sent(&mut self, now: Duration) {
+        self.busy.get_or_insert((now, self.total));
     }
 
     /// `bytes` were acknowledged at `now`; `idle` when nothing is left in flight, so that the pause that follows is not
@@ -65,7 +76,27 @@ impl Pace {
         }
         if idle {
             self.samples.clear();
+            if let Some((since, total)) = self.busy.take() {
+                self.at_least((self.total - total) as f64, now.saturating_sub(since));
+            }
         }
+    }
+
+    fn at_least(&mut self, bytes: f64, time: Duration) {
+        let known = match self.rate > 0.0 {
+            true => self.rate,
+            // Unmeasured, the bound stands for a rate.
+            false => START as f64 / self.span().as_secs_f64(),
+        };
+        let rate = bytes / time.as_secs_f64();
+        if rate > known && rate.is_finite() {
+            self.rate = rate;
+        }
+    }
+
+    /// The time for which bytes may be in flight.
+    fn span(&self) -> Duration {
+        self.rtt.unwrap_or_default() + self.budget
     }
 
     /// Bytes a second that the peer acknowledged lately; 0 before anything was measured.
@@ -78,8 +109,7 @@ impl Pace {
         if self.rate <= 0.0 {
             return START;
         }
-        let time = self.rtt.unwrap_or_default() + self.budget;
-        ((self.rate * time.as_secs_f64()) as u64).max(FLOOR)
+        ((self.rate * self.span().as_secs_f64()) as u64).max(FLOOR)
     }
 }
 
@@ -107,6 +137,25 @@ mod tests {
         (1..=100).for_each(|t| pace.acked(1000, ms(t), t == 100));
         (9_000..9_100).for_each(|t| pace.acked(1000, ms(t), false));
         assert!(pace.rate() > 900_000.0, "{}", pace.rate());
+    }
+
+    #[test]
+    fn a_slow_moment_is_forgotten_although_each_acknowledgement_empties_the_line() {
+        let mut pace = Pace::new(ms(100));
+        pace.round_trip(ms(50));
+        // A destination that stood still: one chunk in twenty seconds.
+        pace.sent(ms(0));
+        pace.acked(1 << 20, ms(60), false);
+        pace.acked(1 << 20, ms(20_000), true);
+        assert_eq!(pace.target(), FLOOR);
+        pace.sent(ms(20_000));
+        pace.acked(1 << 20, ms(20_060), true);
+        assert!(pace.target() > 2 << 20, "{}", pace.target());
+        // A source with little to say does not make the link slow.
+        let before = pace.rate();
+        pace.sent(ms(30_000));
+        pace.acked(100, ms(30_050), true);
+        assert!((pace.rate() - before).abs() < 1.0);
     }
 
     #[test]

@@ -139,6 +139,7 @@ impl Sender {
     pub fn poll_transmit(&mut self, now: Duration) -> Option<(LinkId, Seq)> {
         let (&link, _) = self.links.iter().filter(|(_, q)| **q < LINK_QUEUE).min_by_key(|(_, q)| **q)?;
         let seq = self.waiting.pop_first()?;
+        self.pace.sent(now);
         *self.links.entry(link).or_default() += 1;
         if let Some(entry) = self.entries.get_mut((seq.0 - self.base.0) as usize) {
             entry.link = Some(link);
