@@ -58,10 +58,11 @@ fn main() -> ExitCode {
 }
 
 fn world(run: &Run, seed: u64, tally: &mut Tally) -> Result<(), Broken> {
-    match run.real {
+    let end = match run.real {
         true => sim::run::<Real>(seed, |_| {}, tally),
         false => sim::run::<StandIn>(seed, |_| {}, tally),
-    }
+    };
+    end.map(drop)
 }
 
 fn parse(mut args: impl Iterator<Item = String>) -> Result<Run, String> {

@@ -58,7 +58,9 @@ pub(crate) enum Vmm {
     /// Source: `postmigrate`.
     Post,
     /// Destination: waits for the stream.
-    Incoming { stopped: bool },
+    Incoming {
+        stopped: bool,
+    },
     /// Destination: whole, paused.
     Loaded,
     /// Destination: runs.

@@ -1,12 +1,13 @@
 //! The data path at both ends: what the drivers do around [`Sender`] and [`Receiver`], and the source and sink beside them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use dwcp_proto::chunk::Kind;
 use dwcp_proto::handover::Transfer;
+use dwcp_proto::message::{Ack, Refusal};
 use dwcp_proto::pace::Pace;
 use dwcp_proto::receiver::{Admission, MAX_REORDER, Receiver};
-use dwcp_proto::sender::{MAX_NACKS, Sender};
+use dwcp_proto::sender::Sender;
 use dwcp_proto::{ChunkHeader, LinkId, PageVersion, Seq, SessionId, StreamOffset};
 
 use super::net::ConnId;
@@ -65,7 +66,11 @@ impl<S: Seal> Outgoing<S> {
     }
 
     /// Seals the next chunk, or the end after the last.
-    pub(crate) fn make(&mut self, scenario: &Scenario, [stream_len, raw_len, wire_len]: [u32; 3]) -> Result<(), String> {
+    pub(crate) fn make(
+        &mut self,
+        scenario: &Scenario,
+        [stream_len, raw_len, wire_len]: [u32; 3],
+    ) -> Result<(), String> {
         let chunk = if self.made == scenario.chunks {
             let chunk = self.seal.seal_end();
             let header = S::header(&chunk);
@@ -137,7 +142,9 @@ pub(crate) struct Incoming<S> {
     pub(crate) altered: BTreeMap<u64, u32>,
     pub(crate) digest: Digest,
     pub(crate) applied: u64,
-    pub(crate) ack: (u64, u64),
+    pub(crate) ack: Ack,
+    /// Refusals that were said, where each is said only once.
+    pub(crate) said: BTreeSet<(u64, u32)>,
     pub(crate) ack_waits: bool,
     pub(crate) ack_said: Time,
     offset: u64,
@@ -155,7 +162,8 @@ impl<S: Seal> Incoming<S> {
             altered: BTreeMap::new(),
             digest: Digest::default(),
             applied: 0,
-            ack: (0, 0),
+            ack: Ack::default(),
+            said: BTreeSet::new(),
             ack_waits: false,
             ack_said: 0,
             offset: 0,
@@ -163,7 +171,11 @@ impl<S: Seal> Incoming<S> {
         })
     }
 
-    pub(crate) fn admit(&mut self, header: &ChunkHeader, mutant: Option<Mutant>) -> Result<Admission, String> {
+    pub(crate) fn admit(
+        &mut self,
+        header: &ChunkHeader,
+        mutant: Option<Mutant>,
+    ) -> Result<Admission, String> {
         let admission = self.receiver.admit(header).map_err(|v| format!("an honest sender: {v}"))?;
         Ok(match mutant {
             Some(Mutant::DuplicateApplied) => Admission::Take,
@@ -183,11 +195,14 @@ impl<S: Seal> Incoming<S> {
         Ok(())
     }
 
-    /// A copy came altered; how often that was, if it must be asked for again.
-    pub(crate) fn refused(&mut self, seq: u64) -> (bool, u32) {
+    /// A copy came altered; how often that was.
+    pub(crate) fn refused(&mut self, seq: u64) -> u32 {
         let times = self.altered.entry(seq).or_default();
         *times += 1;
-        (self.receiver.refused(Seq(seq)), *times)
+        let times = *times;
+        self.receiver.refused(Seq(seq));
+        self.state();
+        times
     }
 
     /// Gives the sink the next chunk, if it is there.
@@ -206,15 +221,34 @@ impl<S: Seal> Incoming<S> {
         let word = self.ready.remove(&header.seq.0);
         self.sink(header.seq.0, header.kind, header.offset.0, header.stream_len.into(), word)?;
         self.receiver.applied();
-        self.ack = (self.receiver.next().0, self.receiver.offset().0);
-        let next = self.receiver.next().0;
-        self.altered = self.altered.split_off(&next);
+        if !self.altered.is_empty() {
+            self.altered = self.altered.split_off(&self.receiver.next().0);
+        }
+        self.state();
         Ok(())
     }
 
-    pub(crate) fn sink(&mut self, seq: u64, kind: Kind, offset: u64, len: u64, word: Option<u64>) -> Result<(), String> {
+    /// What is to be acknowledged: the whole state towards the sender.
+    pub(crate) fn state(&mut self) {
+        let (next, applied) = (self.receiver.next().0, self.receiver.offset().0);
+        let lacking = self.altered.iter().filter(|(seq, _)| self.receiver.lacks(Seq(**seq)));
+        let refused = lacking.map(|(seq, times)| Refusal { seq: *seq, times: *times }).collect();
+        self.ack = Ack { next, applied, refused };
+    }
+
+    pub(crate) fn sink(
+        &mut self,
+        seq: u64,
+        kind: Kind,
+        offset: u64,
+        len: u64,
+        word: Option<u64>,
+    ) -> Result<(), String> {
         if seq != self.applied || offset != self.offset {
-            return Err(format!("chunk {seq} at {offset} applied after {} chunks and {} bytes", self.applied, self.offset));
+            return Err(format!(
+                "chunk {seq} at {offset} applied after {} chunks and {} bytes",
+                self.applied, self.offset
+            ));
         }
         self.applied += 1;
         self.offset += len;

@@ -104,6 +104,8 @@ impl<X: Seal> World<'_, X> {
             }
             Fault::SlowSink => {
                 self.slow_until = now + self.rng.scale(10 * MS, 30 * SECOND);
+                self.slowness =
+                    if self.rng.one_in(2) { Time::MAX } else { self.rng.scale(10 * MS, 3 * SECOND) };
                 self.unfair_until(self.slow_until);
             }
             Fault::IdleGuest => {

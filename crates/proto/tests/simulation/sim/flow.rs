@@ -103,10 +103,11 @@ impl<X: Seal> World<'_, X> {
                 chunk = X::altered(chunk, self.rng.next());
                 self.tally.altered += 1;
             }
+            let takes = wire_bytes(X::header(&chunk)) * self.scenario.ps_per_byte / 1000;
             conn.flight.push_back(chunk);
             let late = self.scenario.latency + self.rng.below(self.scenario.jitter + 1);
             let header = conn.arrival(D, now, late);
-            let payload = conn.arrival(D, header, self.rng.below(MS));
+            let payload = conn.arrival(D, header, self.rng.below(takes / 2 + MS / 10));
             self.queue.at(header, Event::Header(id));
             self.queue.at(payload, Event::Payload(id));
         }
@@ -181,14 +182,10 @@ impl<X: Seal> World<'_, X> {
         match incoming.seal.word(chunk).or(ignored.then_some(7)) {
             Some(word) => incoming.verified(seq, word, &self.scenario)?,
             None => {
-                let (ask, times) = incoming.refused(seq);
-                if times >= MAX_NACKS {
+                if incoming.refused(seq) >= MAX_NACKS {
                     return self.hopeless();
                 }
-                if ask {
-                    let delay = self.rng.below(MS);
-                    self.queue.after(delay, Event::SayNack(life, seq));
-                }
+                self.acknowledge();
             }
         }
         self.apply()
@@ -206,7 +203,8 @@ impl<X: Seal> World<'_, X> {
         let Some(incoming) = &mut self.incoming else { return Ok(()) };
         if hasty || again {
             let next = incoming.receiver.next().0;
-            let odd = incoming.ready.keys().copied().find(|seq| if hasty { *seq > next } else { *seq < next });
+            let odd =
+                incoming.ready.keys().copied().find(|seq| if hasty { *seq > next } else { *seq < next });
             if let Some(seq) = odd {
                 let word = incoming.ready.remove(&seq);
                 let offset = incoming.receiver.offset().0;
@@ -215,8 +213,10 @@ impl<X: Seal> World<'_, X> {
         }
         if let Some(header) = incoming.apply()? {
             let takes = u64::from(header.stream_len) * self.scenario.sink_ps / 1000 + self.rng.below(20_000);
-            let start = self.queue.now().max(self.slow_until);
-            self.queue.at(start + takes, Event::Applied(self.agents[1].life));
+            let now = self.queue.now();
+            // It stands still until then, or crawls.
+            let late = self.slow_until.saturating_sub(now).min(self.slowness);
+            self.queue.at(now + late + takes, Event::Applied(self.agents[1].life));
             if self.is(Mutant::AckBeforeApplied) {
                 self.outdated_ack(header.seq.0 + 1);
             }
@@ -226,7 +226,7 @@ impl<X: Seal> World<'_, X> {
 
     fn outdated_ack(&mut self, next: u64) {
         if let Some(incoming) = &mut self.incoming {
-            incoming.ack.0 = next;
+            incoming.ack.next = next;
             incoming.ack_waits = true;
             self.queue.after(0, Event::AckDue(self.agents[1].life));
         }
@@ -255,50 +255,34 @@ impl<X: Seal> World<'_, X> {
         let Some(incoming) = self.incoming.as_mut().filter(|i| i.ack_waits) else { return Ok(()) };
         incoming.ack_waits = false;
         incoming.ack_said = self.queue.now();
-        let (next, applied) = incoming.ack;
-        self.tally.acks += 1;
-        self.say(D, Said::Ack { next, applied });
-        Ok(())
-    }
-
-    pub(crate) fn say_nack(&mut self, seq: u64) -> Result<(), String> {
-        let Some(incoming) = &self.incoming else { return Ok(()) };
-        let times = incoming.altered.get(&seq).copied();
-        if let Some(times) = times.filter(|_| incoming.receiver.lacks(Seq(seq))) {
-            self.say(D, Said::Nack { seq, times });
+        let mut ack = incoming.ack.clone();
+        if self.scenario.mutant == Some(Mutant::RefusalSaidOnce) {
+            ack.refused.retain(|r| incoming.said.insert((r.seq, r.times)));
         }
+        self.tally.acks += 1;
+        self.say(D, Said::Ack(ack));
         Ok(())
     }
 
     /// Says again what the source may have missed.
-    pub(crate) fn repeat(&mut self) -> Result<(), String> {
-        if self.incoming.is_none() {
-            return Ok(());
-        }
+    pub(crate) fn repeat(&mut self) {
         if !self.is(Mutant::AckNotRepeated) {
             self.acknowledge();
         }
-        if !self.is(Mutant::NackNotRepeated) {
-            let refused: Vec<u64> = self.incoming.iter().flat_map(|i| i.altered.keys().copied()).collect();
-            for seq in refused {
-                self.say_nack(seq)?;
-            }
-        }
-        Ok(())
     }
 
     /// The source hears what was applied or refused.
     pub(crate) fn told(&mut self, said: Said) -> Result<(), String> {
         let now = self.scenario.clocks[0].reads(self.queue.now());
-        let ignored = self.is(Mutant::NackIgnored);
+        let ignored = self.is(Mutant::RefusalIgnored);
         let Some(out) = &mut self.outgoing else { return Ok(()) };
         match said {
-            Said::Ack { next, applied } => {
-                out.acked(next, applied, now)?;
-            }
-            Said::Nack { .. } if ignored => {}
-            Said::Nack { seq, times } => {
-                out.sender.nack(Seq(seq), times).map_err(|e| format!("an honest destination: {e}"))?;
+            Said::Ack(ack) => {
+                out.acked(ack.next, ack.applied, now)?;
+                for refusal in ack.refused.iter().filter(|_| !ignored) {
+                    let refused = out.sender.nack(Seq(refusal.seq), refusal.times);
+                    refused.map_err(|e| format!("an honest destination: {e}"))?;
+                }
             }
             Said::Handover(_) => {}
         }

@@ -200,7 +200,8 @@ impl<X: Seal> World<'_, X> {
             S => self.outgoing = None,
             D => self.incoming = None,
         }
-        let noticed = if self.rng.one_in(3) { self.rng.scale(SECOND, 30 * SECOND) } else { self.scenario.latency };
+        let noticed =
+            if self.rng.one_in(3) { self.rng.scale(SECOND, 30 * SECOND) } else { self.scenario.latency };
         self.close_all(side, false, noticed);
         self.excuse = Some("an agent died");
         let back = self.rng.scale(50 * MS, 20 * SECOND);

@@ -1,7 +1,7 @@
 //! Connections come and go; each side notices in its own time, and the source makes them again.
 
 use dwcp_proto::LinkId;
-use dwcp_proto::handover::{DestinationPhase, Input};
+use dwcp_proto::handover::{AbortReason, DestinationPhase, Input};
 
 use super::net::{Conn, ConnId, Said};
 use super::queue::{Event, MS, SECOND, Time};
@@ -36,7 +36,7 @@ impl<X: Seal> World<'_, X> {
                 }
                 self.darkness[side as usize] += 1;
             }
-            self.repeat()?;
+            self.repeat();
             let first = if self.rng.one_in(2) { S } else { D };
             if !self.is(Mutant::NoResend) {
                 self.feed(first, Input::Connected)?;
@@ -156,8 +156,12 @@ impl<X: Seal> World<'_, X> {
         if out.conns.contains_key(&LinkId(link)) {
             return Ok(());
         }
-        let taken = self.incoming.is_some()
-            && self.agents[1].destination_phase() != Some(DestinationPhase::Dropping);
+        if reachable && self.agents[1].life > 0 && self.incoming.is_none() {
+            // A restarted agent does not know the session's data path any more, and refuses.
+            return self.feed(S, Input::Abort(AbortReason::PeerAborted));
+        }
+        let taken =
+            self.incoming.is_some() && self.agents[1].destination_phase() != Some(DestinationPhase::Dropping);
         if !reachable || !taken {
             self.redial(Some(link));
             return Ok(());

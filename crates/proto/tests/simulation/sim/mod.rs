@@ -25,22 +25,27 @@ mod seal;
 mod world;
 
 use agent::Vmm;
+pub(crate) use queue::{MS, SECOND};
 use rng::Rng;
-pub(crate) use scenario::{Mutant, Scenario};
+pub(crate) use scenario::{Mutant, Scenario, Weights};
 use seal::Seal;
 pub(crate) use seal::{Real, StandIn};
-pub(crate) use world::{Broken, Tally};
 use world::World;
+pub(crate) use world::{Broken, End, Tally};
 
-/// Runs the world of `seed`, changed by `adapt`, to its end.
-pub(crate) fn run<X: Seal>(seed: u64, adapt: impl Fn(&mut Scenario), tally: &mut Tally) -> Result<(), Broken> {
+/// Runs the world of `seed`, changed by `adapt`, to its end; the end of its first migration.
+pub(crate) fn run<X: Seal>(
+    seed: u64,
+    adapt: impl Fn(&mut Scenario),
+    tally: &mut Tally,
+) -> Result<End, Broken> {
     let broken = |rule| Broken::early(seed, rule);
     let mut rng = Rng::new(seed);
     let mut scenario = Scenario::draw(&mut rng).map_err(broken)?;
     adapt(&mut scenario);
     let end = World::<X>::new(scenario.clone(), rng.clone(), tally).map_err(broken)?.run(seed)?;
     if end.moved || end.source != Vmm::Idle {
-        return Ok(());
+        return Ok(end);
     }
     // A second migration succeeds.
     let again = World::<X>::new(scenario.fair(), rng, tally).map_err(broken)?.run(seed)?;
@@ -48,5 +53,5 @@ pub(crate) fn run<X: Seal>(seed: u64, adapt: impl Fn(&mut Scenario), tally: &mut
         return Err(broken("I5: the second migration did not succeed".into()));
     }
     tally.second += 1;
-    Ok(())
+    Ok(end)
 }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use dwcp_proto::handover::Message;
+use dwcp_proto::message::Ack;
 use dwcp_proto::{LinkId, Seq};
 
 use super::queue::Time;
@@ -13,10 +14,9 @@ use super::world::Side;
 pub(crate) struct ConnId(pub(crate) u32);
 
 /// What is said on a control connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum Said {
-    Ack { next: u64, applied: u64 },
-    Nack { seq: u64, times: u32 },
+    Ack(Ack),
     Handover(Message),
 }
 

@@ -29,8 +29,6 @@ pub(crate) enum Event {
     Applied(Life),
     /// An acknowledgement may be said.
     AckDue(Life),
-    /// The destination's driver comes to say that it refused this chunk.
-    SayNack(Life, u64),
     /// The destination's VMM has loaded everything.
     Loaded(Life),
     /// A message on a control connection has arrived at a side.

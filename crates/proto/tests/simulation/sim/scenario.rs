@@ -18,9 +18,9 @@ pub(crate) enum Mutant {
     /// A new control connection does not begin with the newest acknowledgement.
     AckNotRepeated,
     /// The source does not listen to refusals.
-    NackIgnored,
+    RefusalIgnored,
     /// A refusal is said once, and lost with its connection.
-    NackNotRepeated,
+    RefusalSaidOnce,
     /// The destination drops the second copy of a chunk whose first is still on its way.
     SecondCopyDropped,
     /// A copy that broke off stays admitted.

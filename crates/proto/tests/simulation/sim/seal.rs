@@ -160,8 +160,7 @@ impl Seal for Real {
         let payload: Vec<u8> = c.word.to_le_bytes().into_iter().cycle().take(len as usize).collect();
         let raw = c.raw_len.max(payload.len() as u32);
         let payload = payload.into();
-        let chunk =
-            EncodedChunk::new(Codec::Zstd, Lane(0), c.version, c.offset, c.stream_len, raw, payload);
+        let chunk = EncodedChunk::new(Codec::Zstd, Lane(0), c.version, c.offset, c.stream_len, raw, payload);
         self.sealer.seal(&self.key, chunk).into()
     }
 

@@ -71,10 +71,26 @@ pub(crate) struct Tally {
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let hours = self.simulated as f64 / SECOND as f64 / 3600.0;
-        writeln!(f, "{} worlds, {hours:.0} simulated hours: {} moved, {} aborted, {} lost; {} moved at the second try", self.worlds, self.moved, self.aborted, self.lost, self.second)?;
-        writeln!(f, "{} chunks applied of {} sent, {} duplicates, {} second copies, {} altered, {} acknowledgements", self.applied, self.sent, self.duplicates, self.second_copies, self.altered, self.acks)?;
-        writeln!(f, "{} connections, {} broken, {} cuts of the path", self.connections, self.breaks, self.cuts)?;
-        write!(f, "agents killed {:?}, VMMs {:?}, {} failed writes, {} refused commands, at most {} events planned", self.crashes, self.vmm_deaths, self.failed_writes, self.refused_commands, self.most_planned)
+        writeln!(
+            f,
+            "{} worlds, {hours:.0} simulated hours: {} moved, {} aborted, {} lost; {} moved at the second try",
+            self.worlds, self.moved, self.aborted, self.lost, self.second
+        )?;
+        writeln!(
+            f,
+            "{} chunks applied of {} sent, {} duplicates, {} second copies, {} altered, {} acknowledgements",
+            self.applied, self.sent, self.duplicates, self.second_copies, self.altered, self.acks
+        )?;
+        writeln!(
+            f,
+            "{} connections, {} broken, {} cuts of the path",
+            self.connections, self.breaks, self.cuts
+        )?;
+        write!(
+            f,
+            "agents killed {:?}, VMMs {:?}, {} failed writes, {} refused commands, at most {} events planned",
+            self.crashes, self.vmm_deaths, self.failed_writes, self.refused_commands, self.most_planned
+        )
     }
 }
 
@@ -129,6 +145,8 @@ pub(crate) struct World<'t, X: Seal> {
     pub(crate) cut_until: Time,
     pub(crate) idle_until: Time,
     pub(crate) slow_until: Time,
+    /// How long the destination's VMM takes for a chunk until then.
+    pub(crate) slowness: Time,
     /// From here on nothing goes wrong any more.
     pub(crate) fair_from: Time,
     /// What the source's stream was, once its VMM has put out the last byte.
@@ -143,10 +161,12 @@ pub(crate) struct World<'t, X: Seal> {
 }
 
 /// How a world ended.
+#[derive(Debug)]
 pub(crate) struct End {
     pub(crate) source: Vmm,
     pub(crate) moved: bool,
-    pub(crate) ended: Time,
+    /// How long it took from the last fault's end.
+    pub(crate) fair: Time,
 }
 
 impl<'t, X: Seal> World<'t, X> {
@@ -187,6 +207,7 @@ impl<'t, X: Seal> World<'t, X> {
             cut_until: 0,
             idle_until: 0,
             slow_until: 0,
+            slowness: 0,
             fair_from: scenario.faults_until,
             sent_digest: None,
             commit_requested: false,
@@ -252,7 +273,6 @@ impl<'t, X: Seal> World<'t, X> {
             Event::Judged(copy) => self.judged(copy),
             Event::Applied(life) if life == self.life(D) => self.applied(),
             Event::AckDue(life) if life == self.life(D) => self.ack_due(),
-            Event::SayNack(life, seq) if life == self.life(D) => self.say_nack(seq),
             Event::Loaded(life) if life == self.life(D) => self.loaded(),
             Event::Heard(conn, side) => self.heard(conn, side),
             Event::Lost(conn, side) => self.notices(conn, side),
@@ -287,7 +307,10 @@ impl<'t, X: Seal> World<'t, X> {
     fn overdue(&mut self) -> Result<(), String> {
         let due = self.fair_from + self.scenario.bound();
         if self.queue.now() >= due {
-            return Err(format!("stuck: {} s after the last fault it has not ended", self.scenario.bound() / SECOND));
+            return Err(format!(
+                "stuck: {} s after the last fault it has not ended",
+                self.scenario.bound() / SECOND
+            ));
         }
         self.queue.at(due, Event::Overdue);
         Ok(())
@@ -361,7 +384,8 @@ impl<'t, X: Seal> World<'t, X> {
             Outcome::Lost => self.tally.lost += 1,
         }
         let source = source.vmm;
-        Ok(Some(End { source, moved, ended: self.queue.now() }))
+        let fair = self.queue.now().saturating_sub(self.fair_from);
+        Ok(Some(End { source, moved, fair }))
     }
 
     /// The last events, and how things stand.
@@ -377,10 +401,21 @@ impl<'t, X: Seal> World<'t, X> {
         }
         if let Some(out) = &self.outgoing {
             let sender = &out.sender;
-            story += &format!("made {} of {}, acknowledged {}, {:?}\n", out.made, self.scenario.chunks, out.base, sender.unacked());
+            story += &format!(
+                "made {} of {}, acknowledged {}, {:?}\n",
+                out.made,
+                self.scenario.chunks,
+                out.base,
+                sender.unacked()
+            );
         }
         if let Some(incoming) = &self.incoming {
-            story += &format!("applied {}, {} wait, from {:?}\n", incoming.applied, incoming.ready.len(), incoming.ready.keys().next());
+            story += &format!(
+                "applied {}, {} wait, from {:?}\n",
+                incoming.applied,
+                incoming.ready.len(),
+                incoming.ready.keys().next()
+            );
         }
         story + &format!("excuse: {:?}", self.excuse)
     }
