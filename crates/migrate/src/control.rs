@@ -158,7 +158,7 @@ impl Server {
             let attempt = async {
                 match origin {
                     Origin::Dial(dialler) => match dialler.join(session, Purpose::Control, 0).await {
-                        Ok((reader, writer, _, _)) => Ok(Some((reader, writer))),
+                        Ok((reader, writer, _)) => Ok(Some((reader, writer))),
                         Err(error) => Err(error),
                     },
                     Origin::Accept(arrivals, state) => match arrivals.recv().await {

@@ -154,6 +154,8 @@ struct Entry {
     report: Arc<Report>,
     held: Held,
     task: Option<JoinHandle<()>>,
+    /// What was asked for at the source: the same request again is the same migration.
+    asked: Option<MigrateSpec>,
 }
 
 /// A VMM that waits for its source.
@@ -168,6 +170,16 @@ struct Waiting {
 /// Connections that have not yet said what they want, or wait for the answer; a plain one has proved nothing until then. Each has
 /// [`PATIENCE`](crate::wire::PATIENCE) for a message.
 const MAX_NEWCOMERS: usize = 256;
+impl Waiting {
+    /// Its VMM has died.
+    fn end_gone(self) {
+        let text = "the waiting VMM ended before its guest came";
+        let failure =
+            Failure::new("vmm_gone_destination", Blame::Vmm, text, "see its log, and start it anew");
+        self.report.end(Phase::Aborted, Some(failure));
+    }
+}
+
 /// Ended migrations that `list` and `get` still know; the oldest are forgotten first.
 const MAX_ENDED: usize = 256;
 /// How long a stop waits for running migrations to end.
@@ -229,12 +241,8 @@ impl Engine {
                 return Err(Failure::new("unsupported", Blame::Operator, text, "drive QEMU through --qmp"));
             }
         };
-        if let Some(status) =
-            shared.admits(|registry| registry.waiting.get(&spec.vm).map(|w| w.report.status()))?
-        {
-            let text = format!("VM {} is awaited here already, as {}", spec.vm, status.id);
-            return Err(Failure::new("already_incoming", Blame::Operator, text, "cancel that one first"));
-        }
+        shared.admits(|_| ())?;
+        shared.registry().refuse_awaited(&spec.vm)?;
         let guest = Guest::connect(&path).await?;
         let findings =
             preflight::destination(&guest.reach().await.map_err(qmp_failure)?).await.map_err(qmp_failure)?;
@@ -244,10 +252,12 @@ impl Engine {
         let id = made_id("in", &spec.vm)?;
         let report = Arc::new(Report::new(id.clone(), spec.vm.clone(), Role::Destination, spec.from.clone()));
         let (held, reins) = reins();
-        let entry = Entry { report: report.clone(), held, task: None };
+        let entry = Entry { report: report.clone(), held, task: None, asked: None };
         let waiting = Waiting { id: id.clone(), spec: spec.clone(), guest, report: report.clone(), reins };
         let mut registry = shared.registry();
         registry.forget_ended();
+        // Somebody else may have been as fast.
+        registry.refuse_awaited(&spec.vm)?;
         registry.migrations.insert(id, entry);
         registry.waiting.insert(spec.vm, waiting);
         Ok(report.status())
@@ -262,8 +272,12 @@ impl Engine {
         self.shared.admits(|_| ())?;
         let mut registry = self.shared.registry();
         registry.forget_ended();
-        if registry.migrations.contains_key(&id) {
-            return Ok(id);
+        if let Some(entry) = registry.migrations.get(&id) {
+            if entry.asked.as_ref() == Some(&spec) {
+                return Ok(id);
+            }
+            let text = format!("{id} is the id of another migration of this node");
+            return Err(Failure::new("id_used", Blame::Operator, text, "choose another --id"));
         }
         let busy = registry.migrations.iter().find(|(_, entry)| {
             let status = entry.report.status();
@@ -280,9 +294,9 @@ impl Engine {
         let report = Arc::new(Report::new(id.clone(), spec.vm.clone(), Role::Source, spec.to.clone()));
         let (held, reins) = reins();
         let span = info_span!("migration", id = %id, vm = %spec.vm, role = "source");
-        let run = source::run(self.shared.clone(), id.clone(), spec, report.clone(), reins);
+        let run = source::run(self.shared.clone(), id.clone(), spec.clone(), report.clone(), reins);
         let task = Some(tokio::spawn(run.instrument(span)));
-        registry.migrations.insert(id.clone(), Entry { report, held, task });
+        registry.migrations.insert(id.clone(), Entry { report, held, task, asked: Some(spec) });
         Ok(id)
     }
 
@@ -481,7 +495,7 @@ impl Shared {
         if let Some((session, arrivals)) = session {
             registry.sessions.insert(session.id, (session, arrivals));
         }
-        registry.migrations.insert(report.status().id, Entry { report, held, task: Some(task) });
+        registry.migrations.insert(report.status().id, Entry { report, held, task: Some(task), asked: None });
     }
 
     /// How long the agent has been stopping.
@@ -514,7 +528,7 @@ impl Shared {
     async fn join(&self, joining: Box<Joining>) {
         let found = joining.session().and_then(|id| self.registry().sessions.get(&id).cloned());
         let Some((session, arrivals)) = found else {
-            self.metrics.byzantine_attempt("replay_session");
+            // An honest source comes like this after a restart here; a replay could not be told from it.
             let text = "there is no such session here";
             let hint = "the destination's agent was restarted, or the migration has ended there";
             return joining
@@ -545,13 +559,18 @@ impl Shared {
                 return greeted.refuse(&failure).await;
             }
         };
-        let (check, vm) = (greeted.hello.check, waiting.spec.vm.clone());
         if let Err((waiting, failure)) = self.greet(greeted, waiting).await {
             if let Some(failure) = failure {
                 info!("{failure}");
             }
-            if !check || !waiting.guest.is_gone() {
-                self.registry().waiting.entry(vm).or_insert(waiting);
+            let mut registry = self.registry();
+            if waiting.guest.is_gone() {
+                waiting.end_gone();
+            } else if waiting.reins.is_cancelled() || registry.closing.is_some() {
+                let failure = Failure::new("cancelled", Blame::Operator, "cancelled on request", "");
+                waiting.report.end(Phase::Aborted, Some(failure));
+            } else {
+                registry.waiting.insert(waiting.spec.vm.clone(), waiting);
             }
         }
     }
@@ -612,6 +631,13 @@ impl Shared {
                 return Err((waiting, Some(failure)));
             }
         };
+        let journaled = journal::path(&self.config.state_dir, &id, Side::Destination).exists();
+        if journaled || self.registry().migrations.contains_key(&id) {
+            let text = format!("the destination knows a migration {id} already");
+            let failure = Failure::new("id_used", Blame::Operator, text, "choose another --id");
+            greeted.refuse(&failure).await;
+            return Err((waiting, Some(failure)));
+        }
         let (arrivals_tx, arrivals) = mpsc::channel(destination::ARRIVALS);
         let register = |session: &Session| {
             self.registry().sessions.insert(session.id, (Arc::new(session.clone()), arrivals_tx.clone()));
@@ -638,6 +664,17 @@ impl Shared {
 }
 
 impl Registry {
+    /// Refuses a VM that is awaited already; one whose VMM has died meanwhile is awaited no more.
+    fn refuse_awaited(&mut self, vm: &VmName) -> Result<(), Failure> {
+        let Some(waiting) = self.waiting.get(vm) else { return Ok(()) };
+        if waiting.guest.is_gone() {
+            self.waiting.remove(vm).into_iter().for_each(Waiting::end_gone);
+            return Ok(());
+        }
+        let text = format!("VM {vm} is awaited here already, as {}", waiting.id);
+        Err(Failure::new("already_incoming", Blame::Operator, text, "cancel that one first"))
+    }
+
     /// Keeps the number of ended migrations bounded.
     fn forget_ended(&mut self) {
         let mut ended: Vec<_> = self

@@ -38,7 +38,20 @@ pub struct Failure {
 impl Failure {
     /// A failure with a hint.
     pub fn new(code: &str, blame: Blame, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Failure { code: code.to_owned(), blame, message: message.into(), hint: hint.into() }
+        Failure { code: code.to_owned(), blame, message: clean(message.into()), hint: clean(hint.into()) }
+    }
+}
+
+/// Characters of a message or hint.
+const MAX_TEXT: usize = 2000;
+
+/// Texts hold words of peers and VMMs: none may break a log line or a terminal.
+fn clean(text: String) -> String {
+    let fits = text.len() <= MAX_TEXT && !text.chars().any(char::is_control);
+    if fits {
+        text
+    } else {
+        text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_TEXT).collect()
     }
 }
 
@@ -53,3 +66,15 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_inject_a_failure_holds_no_control_characters_and_is_bounded() {
+        let failure = Failure::new("x", Blame::Vmm, "a\nERROR \x1b[31mb", "y".repeat(10 * MAX_TEXT));
+        assert_eq!(failure.message, "a ERROR  [31mb");
+        assert_eq!(failure.hint.len(), MAX_TEXT);
+    }
+}

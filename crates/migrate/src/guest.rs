@@ -30,7 +30,8 @@ pub(crate) struct Guest {
 /// A VMM that was reached.
 #[derive(Clone)]
 struct Reached {
-    qemu: Qemu,
+    /// The connection; `None` once it was given up.
+    qemu: Option<Qemu>,
     /// The process, held so that its number cannot come to mean another.
     process: Option<Arc<OwnedFd>>,
     /// The process was seen to have ended.
@@ -62,15 +63,23 @@ impl Guest {
     /// The VMM, connected to anew if its last connection ended and the process lives.
     pub(crate) async fn reach(&self) -> Result<Qemu, QmpError> {
         if let Some(reached) = &*self.reached()
-            && (reached.qemu.qmp().ended().is_none() || reached.has_ended())
+            && let Some(qemu) = &reached.qemu
+            && (qemu.qmp().ended().is_none() || reached.has_ended())
         {
-            return Ok(reached.qemu.clone());
+            return Ok(qemu.clone());
         }
         let qemu = Qemu::connect(&self.path, QmpConfig::default()).await?;
         let pid = qemu.qmp().pid().and_then(Pid::from_raw);
         let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).map(Arc::new);
-        *self.reached() = Some(Reached { qemu: qemu.clone(), process, ended: false });
+        *self.reached() = Some(Reached { qemu: Some(qemu.clone()), process, ended: false });
         Ok(qemu)
+    }
+
+    /// Gives the QMP connection up, so that somebody else can have it; a later command makes a new one.
+    pub(crate) fn release(&self) {
+        if let Some(reached) = &mut *self.reached() {
+            reached.qemu = None;
+        }
     }
 
     /// Waits until the process has ended. For ever if that cannot be observed.

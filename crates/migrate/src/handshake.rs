@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dwcp_link::{Connection, DialOptions, Gauge, Identity, Reader, Writer, dial, dial_plain};
+use dwcp_link::{Connection, DialOptions, Identity, Reader, Writer, dial, dial_plain};
 use dwcp_proto::message::{
     Body, Challenge, Choice, Confirm, Confirmed, Hello, Join, Joined, Offer, Purpose, Welcome,
 };
@@ -124,14 +124,14 @@ impl Dialler {
         session: &Session,
         purpose: Purpose,
         link: u32,
-    ) -> Result<(Reader, Writer, Gauge, Joined), WireError> {
+    ) -> Result<(Reader, Writer, Joined), WireError> {
         let plain = session.choice.plain && purpose != Purpose::Control;
         let conn = match plain {
             true => dial_plain(self.addr, &self.options).await,
             false => dial(self.addr, &self.identity, &self.to, &self.options).await,
         }
         .map_err(WireError::Link)?;
-        let (gauge, exporter) = (conn.gauge(), conn.exporter());
+        let exporter = conn.exporter();
         let (mut reader, mut writer) = conn.into_split();
         let binding = match exporter {
             Some(exporter) => exporter,
@@ -160,7 +160,7 @@ impl Dialler {
         if !session.peer.verify(&message, &signature(&joined.signature)?) {
             return Err(WireError::Refused(forged("joined")));
         }
-        Ok((reader, writer, gauge, joined))
+        Ok((reader, writer, joined))
     }
 }
 

@@ -75,6 +75,13 @@ impl Journal {
         Ok(Journal { path, inner: Some(Inner { file, chain: Chain::default(), len: 0 }) })
     }
 
+    /// Removes it: nothing was decided in it.
+    pub(crate) fn discard(self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(%error, path = %self.path.display(), "journal not removed");
+        }
+    }
+
     /// Opens the journal of a migration that an earlier life of this agent began; cut back to what was whole.
     pub(crate) fn open(path: &Path) -> Result<(Self, Replay), OpenError> {
         let io = |source| OpenError::Io { path: path.to_owned(), source };

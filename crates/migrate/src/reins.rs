@@ -76,6 +76,11 @@ impl Reins {
         }
     }
 
+    /// Whether a cancel was asked for.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        *self.cancel.borrow()
+    }
+
     /// Waits for a cancel.
     pub(crate) async fn cancelled(&mut self) {
         while !matches!(self.pull().await, Pull::Cancel) {}

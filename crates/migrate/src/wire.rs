@@ -201,10 +201,9 @@ pub(crate) fn refusal(failure: &Failure) -> Body {
 /// Characters of a peer's text that are kept.
 const MAX_TEXT: usize = 500;
 
-/// A peer's refusal as a failure: its code only where it looks like one, its texts without control characters.
+/// A peer's refusal as a failure: its code only where it looks like one, its texts cut.
 pub(crate) fn refusal_failure(refused: Refused) -> Failure {
-    let clean =
-        |text: &str, max: usize| text.chars().filter(|c| !c.is_control()).take(max).collect::<String>();
+    let cut = |text: &str| text.chars().take(MAX_TEXT).collect::<String>();
     let is_code = |c: &str| {
         !c.is_empty()
             && c.len() <= 64
@@ -214,7 +213,7 @@ pub(crate) fn refusal_failure(refused: Refused) -> Failure {
     Failure::new(
         &code,
         Blame::PeerIncompatible,
-        format!("the peer says: {}", clean(&refused.message, MAX_TEXT)),
-        clean(&refused.hint, MAX_TEXT),
+        format!("the peer says: {}", cut(&refused.message)),
+        cut(&refused.hint),
     )
 }

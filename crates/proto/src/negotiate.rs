@@ -158,7 +158,7 @@ pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Re
     };
     Ok(Choice {
         path: path.to_wire(),
-        mode: mode.to_wire(),
+        mode: if path == Path::V1 { link } else { mode }.to_wire(),
         plain,
         streams,
         minor: source.minor_max.min(destination.minor_max),
@@ -181,8 +181,8 @@ pub fn permits(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(
     if path == Path::V3 && why_not_v3(source, destination).is_some() {
         return Err("v3 is not in both offers");
     }
-    // How the link counts is the source's measurement; where v1 is wholly barred no measurement helps.
-    if path == Path::V1 && (source.v1 == 0 || destination.v1 == 0) {
+    // On v1 the mode says how the link counts.
+    if path == Path::V1 && why_not_v1(source, destination, mode).is_some() {
         return Err("v1 is not in both offers");
     }
     if choice.plain && (!plain_ok || mode != Mode::Datacenter) {
@@ -199,10 +199,25 @@ pub fn permits(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(
     {
         return Err("a version outside the offers");
     }
+    if path == Path::V3 && (choice.hde == 0 || choice.minor < source.minor_min.max(destination.minor_min)) {
+        return Err("a version outside the offers");
+    }
+    if choice.reasons.len() > MAX_REASONS || choice.reasons.iter().any(|r| r.len() > MAX_REASON) {
+        return Err("too many words for its reasons");
+    }
     Ok(())
 }
 
+/// Reasons in a choice, and bytes of each: they are shown in status.
+const MAX_REASONS: usize = 16;
+const MAX_REASON: usize = 1024;
+/// Bytes of what an offer says about its flag.
+const MAX_FLAG_REASON: usize = 512;
+
 fn check(offer: &Offer) -> Result<(), Impossible> {
+    if offer.v3_reason.len() > MAX_FLAG_REASON || offer.v3_reason.chars().any(char::is_control) {
+        return Err(Impossible::BadOffer("the words about its flag"));
+    }
     if offer.minor_min > offer.minor_max {
         return Err(Impossible::BadOffer("its lowest version is above its highest"));
     }
@@ -333,6 +348,8 @@ mod tests {
             Choice { streams: 99, ..good.clone() },
             Choice { window: u64::MAX, ..good.clone() },
             Choice { hde: 2, ..good.clone() },
+            Choice { hde: 0, ..good.clone() },
+            Choice { reasons: vec!["x".repeat(MAX_REASON + 1)], ..good.clone() },
         ];
         for choice in bad {
             assert!(permits(&choice, &offer(), &offer()).is_err(), "{choice:?}");
@@ -340,5 +357,8 @@ mod tests {
         let never = Offer { v1: 0, ..offer() };
         let v1 = Choice { path: 1, streams: 1, ..good };
         assert!(permits(&v1, &offer(), &never).is_err());
+        let near = Offer { v1: 1, ..offer() };
+        assert!(permits(&v1, &offer(), &near).is_err(), "an internet link");
+        assert!(permits(&Choice { mode: 1, ..v1 }, &offer(), &near).is_ok());
     }
 }

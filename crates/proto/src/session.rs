@@ -55,23 +55,13 @@ pub fn confirm_message(side: Side, session: &SessionId) -> Vec<u8> {
 
 /// What `Join` signs. `binding` is the connection's TLS exporter secret, or the challenge on a plain one: both are this connection's
 /// alone, so no join can be used twice.
-pub fn join_message(
-    session: &SessionId,
-    purpose: Purpose,
-    link: u32,
-    binding: &[u8; 32],
-) -> Vec<u8> {
+pub fn join_message(session: &SessionId, purpose: Purpose, link: u32, binding: &[u8; 32]) -> Vec<u8> {
     let numbers = [&(purpose as i32).to_be_bytes()[..], &link.to_be_bytes()].concat();
     compose("join", Side::Source, session, &[&numbers, binding])
 }
 
 /// What `Joined` signs.
-pub fn joined_message(
-    session: &SessionId,
-    next: u64,
-    applied: u64,
-    binding: &[u8; 32],
-) -> Vec<u8> {
+pub fn joined_message(session: &SessionId, next: u64, applied: u64, binding: &[u8; 32]) -> Vec<u8> {
     let numbers = [next.to_be_bytes(), applied.to_be_bytes()].concat();
     compose("joined", Side::Destination, session, &[&numbers, binding])
 }

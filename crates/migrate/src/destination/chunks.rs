@@ -23,7 +23,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument, info, warn};
 
 use super::{Arrived, Incoming, sink_failure};
@@ -57,6 +57,7 @@ pub(crate) async fn receive(
     let verifier = Verifier::new(session.id, session.peer.clone());
     let (events_tx, mut events) = mpsc::channel(16);
     let mut links = JoinSet::new();
+    let mut serving: HashMap<u32, AbortHandle> = HashMap::new();
     let mut decoding = FuturesUnordered::new();
     let mut ready: HashMap<Seq, Vec<u8>> = HashMap::new();
     let mut refusals: HashMap<Seq, u32> = HashMap::new();
@@ -109,7 +110,12 @@ pub(crate) async fn receive(
                         incoming: incoming.clone(),
                         events: events_tx.clone(),
                     };
-                    links.spawn(link.serve(arrival).in_current_span());
+                    // The source has given the old connection up, though it may not look lost from here.
+                    let index = arrival.link;
+                    let task = links.spawn(link.serve(arrival).in_current_span());
+                    if let Some(old) = serving.insert(index, task) {
+                        old.abort();
+                    }
                 }
                 None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
             },
@@ -157,7 +163,6 @@ async fn apply(
         let bytes = ready.remove(&header.seq).unwrap_or_default();
         sink.write_all(&bytes).await.map_err(sink_failure)?;
         incoming.counters.raw.add(bytes.len() as u64);
-        incoming.counters.rounds.set(u64::from(header.version.0) + 1);
         let (ack, root) = {
             let mut receiver = lock(receiver);
             receiver.applied();
@@ -167,6 +172,7 @@ async fn apply(
         let applied = ack.applied;
         let ack = Ack { refused: wanted(receiver, refusals), ..ack };
         if header.kind == Kind::Data {
+            incoming.counters.rounds.set(u64::from(header.version.0) + 1);
             incoming.counters.chunks.add(1);
         }
         acks.send_replace(ack);

@@ -269,7 +269,11 @@ impl Run {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(event) => self.control_event(event).await,
-                    None => self.fail(AbortReason::LinkLost, ended()).await,
+                    None => {
+                        self.fail(AbortReason::LinkLost, ended()).await;
+                        // Never again in this life: the journal goes on from here.
+                        return;
+                    }
                 },
                 Some(arrival) = arrivals.recv() => self.arrival(arrival).await,
                 event = next_event(&mut qmp) => match event {
@@ -483,6 +487,18 @@ impl Run {
         if info.status != Some(MigrationStatus::Completed) || state == RunState::InMigrate {
             return;
         }
+        if state != RunState::Paused {
+            let text = format!(
+                "the destination's guest is {state} where it should stand paused: somebody else commands its VMM"
+            );
+            let failure = Failure::new(
+                "foreign_start",
+                Blame::Vmm,
+                text,
+                "give the agent a QMP socket of its own, and let nobody else say `cont`",
+            );
+            return self.fail(AbortReason::VmmFailedDestination, failure).await;
+        }
         self.whole = true;
         self.report.set(|s| s.phase = Phase::Handover);
         self.pilot.note("delivered", format!("{} bytes of the VMM's stream", transfer.stream_len)).await;
@@ -542,6 +558,8 @@ impl Run {
                 self.report.end(Phase::Failed, Some(Failure::new("guest_lost", Blame::Vmm, text, hint)));
             }
         }
+        // QMP serves one client a socket; the guest is somebody else's business now.
+        self.guest.release();
         let status = self.report.status();
         self.in_flight = None;
         self.shared.metrics.ended(&status);

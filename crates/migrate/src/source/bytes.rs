@@ -52,7 +52,7 @@ pub(crate) async fn send(
             }
         };
         let error = match joined {
-            Ok((reader, writer, _, joined)) => {
+            Ok((reader, writer, joined)) => {
                 ring.rewind(joined.applied)?;
                 if connected {
                     ring.out.counters.reconnects.add(1);
@@ -229,6 +229,7 @@ impl Ring {
                         flushed = unwritten.is_none();
                         self.written += bytes as u64;
                         let now = self.now();
+                        self.pace.sent(now);
                         self.out.bucket().spend(bytes as u64, now);
                         self.out.sent(bytes as u64);
                     }

@@ -11,7 +11,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use dwcp_hde::Choice as Compression;
-use dwcp_link::{Gauge, Reader, Writer};
+use dwcp_link::{Reader, Writer};
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Purpose};
 use dwcp_proto::pace::Pace;
@@ -32,7 +32,7 @@ use crate::wire::{WireError, chunk_frame_len, write_chunk};
 
 /// What a connection's task tells.
 enum LinkEvent {
-    Up(LinkId, mpsc::Sender<SealedChunk>, Gauge),
+    Up(LinkId, mpsc::Sender<SealedChunk>),
     Down(LinkId),
     Written(LinkId, u64),
     Failed(Failure),
@@ -158,7 +158,7 @@ struct Stage {
     /// What was sealed and not acknowledged, from `base` on.
     kept: VecDeque<SealedChunk>,
     base: Seq,
-    links: HashMap<LinkId, (mpsc::Sender<SealedChunk>, Gauge)>,
+    links: HashMap<LinkId, mpsc::Sender<SealedChunk>>,
     seen_links: u32,
     end: Option<(StreamOffset, [u8; 32])>,
     busy_since: Option<Instant>,
@@ -200,7 +200,9 @@ impl Stage {
         };
         self.sender.push(sealed.wire_len(), sealed.header().weight(), sealed.header().end());
         self.kept.push_back(sealed);
-        self.out.counters.chunks.add(1);
+        if self.end.is_none() {
+            self.out.counters.chunks.add(1);
+        }
         self.busy_since.get_or_insert_with(Instant::now);
     }
 
@@ -214,7 +216,7 @@ impl Stage {
             }
             let (link, seq) = self.sender.poll_transmit(now)?;
             let chunk = self.kept.get((seq.0 - self.base.0) as usize).cloned();
-            let (Some(chunk), Some((writer, _))) = (chunk, self.links.get(&link)) else { continue };
+            let (Some(chunk), Some(writer)) = (chunk, self.links.get(&link)) else { continue };
             self.out.bucket().spend(chunk_frame_len(&chunk), now);
             if writer.try_send(chunk).is_err() {
                 // Its task has ended; its own word of it is on the way.
@@ -239,7 +241,7 @@ impl Stage {
         self.kept.drain(..freed.min(self.kept.len()));
         self.base = acked.to;
         self.out.counters.rate.set(self.sender.pace().rate() as u64);
-        self.out.counters.retransmitted.set(self.sender.retransmitted());
+        self.count_again();
         for latency in acked.latencies {
             self.out.metrics.v3_acknowledged(self.out.session.mode, latency);
         }
@@ -259,10 +261,16 @@ impl Stage {
         Ok(())
     }
 
+    fn count_again(&mut self) {
+        let (now, before) = (self.sender.retransmitted(), self.out.counters.retransmitted.load());
+        self.out.counters.retransmitted.set(now);
+        self.out.metrics.retransmitted(now.saturating_sub(before));
+    }
+
     fn link(&mut self, event: LinkEvent) -> Result<(), Failure> {
         match event {
-            LinkEvent::Up(link, writer, gauge) => {
-                self.links.insert(link, (writer, gauge));
+            LinkEvent::Up(link, writer) => {
+                self.links.insert(link, writer);
                 self.sender.link_up(link);
                 self.seen_links += 1;
                 if self.seen_links > self.out.session.choice.streams {
@@ -273,7 +281,7 @@ impl Stage {
             LinkEvent::Down(link) => {
                 self.links.remove(&link);
                 self.sender.link_down(link);
-                self.out.counters.retransmitted.set(self.sender.retransmitted());
+                self.count_again();
             }
             LinkEvent::Written(link, bytes) => {
                 self.sender.written(link);
@@ -307,9 +315,9 @@ fn broken(error: SenderError) -> Failure {
 async fn serve_link(dialler: Dialler, out: Outgoing, link: LinkId, events: mpsc::Sender<LinkEvent>) {
     loop {
         let error = match dialler.join(&out.session, Purpose::Chunks, link.0.into()).await {
-            Ok((reader, writer, gauge, _)) => {
+            Ok((reader, writer, _)) => {
                 let (chunks_tx, chunks) = mpsc::channel(LINK_QUEUE as usize);
-                if events.send(LinkEvent::Up(link, chunks_tx, gauge)).await.is_err() {
+                if events.send(LinkEvent::Up(link, chunks_tx)).await.is_err() {
                     return;
                 }
                 let Some(error) = write_link(reader, writer, link, chunks, &events).await else { return };

@@ -18,7 +18,7 @@ use dwcp_proto::handover::{AbortReason, Afterwards, Input, Outcome, Source, Tran
 use dwcp_proto::journal::{Job, Prepared};
 use dwcp_proto::message::Body;
 use dwcp_proto::{MigrationId, Path, Side};
-use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters, Qemu};
 use dwcp_vmm::socket::MigrationListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -119,7 +119,7 @@ async fn attempt(
 ) -> Result<(), Failure> {
     let deadline = spec.deadline.map(|d| Instant::now() + d);
     let prepare = async {
-        let plan = plan(shared, id, &spec, false).await?;
+        let mut plan = plan(shared, id, &spec, false).await?;
         plan.refuse_problems()?;
         Ok::<_, Failure>(plan)
     };
@@ -128,15 +128,22 @@ async fn attempt(
         () = reins.cancelled() => return Err(cancelled()),
     };
     let Plan { guest, met, choice, dialler, guest_ran, downtime, .. } = plan;
-    let (session, reader, writer) = met.confirm(shared.config.key.clone(), choice).await?;
+    // Before the destination is bound to the session: a disk that cannot take a journal is no reason to keep it waiting.
+    let journal =
+        Journal::create(&shared.config.state_dir, id, Side::Source).await.map_err(journal_failure)?;
+    let (session, reader, writer) = match met.confirm(shared.config.key.clone(), choice).await {
+        Ok(confirmed) => confirmed,
+        Err(failure) => {
+            journal.discard();
+            return Err(failure);
+        }
+    };
     let session = Arc::new(session);
     info!(session = %session.id, path = session.path.name(), mode = session.mode.name(), "session stands");
     in_flight.path(session.path);
     report.session(&session);
     report.set(|s| s.phase = Phase::Connecting);
 
-    let journal =
-        Journal::create(&shared.config.state_dir, id, Side::Source).await.map_err(journal_failure)?;
     let counters = report.counters.clone();
     let first = (reader, writer);
     let (data_tx, data) = mpsc::channel(DATA_EVENTS);
@@ -227,6 +234,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         bucket: Arc::new(Mutex::new(Bucket::new(None))),
     };
     let mut run = Run::new(&shared, &id, &report, pilot, guest, control, outgoing);
+    run.dark_since = Some(Instant::now());
     run.drive(events, reins).await;
     drop(run);
     let _ = timeout(LINGER, server).await;
@@ -346,7 +354,11 @@ impl Run {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(event) => self.control_event(event).await,
-                    None => self.fail(AbortReason::LinkLost, ended()).await,
+                    None => {
+                        self.fail(AbortReason::LinkLost, ended()).await;
+                        // Never again in this life: the journal goes on from here.
+                        return;
+                    }
                 },
                 event = next_event(&mut qmp) => match event {
                     Some(event) => self.qmp_event(event).await,
@@ -470,9 +482,15 @@ impl Run {
         let name = format!("{}.out", blake3::hash(self.id.as_str().as_bytes()).to_hex().split_at(16).0);
         let listener = MigrationListener::bind(&run_dir, &name).map_err(socket_failure)?;
         qemu.migrate(&listener.uri()).await.map_err(qmp_failure)?;
-        let stream = match timeout(CONNECT, listener.accept()).await {
-            Ok(stream) => stream.map_err(socket_failure)?,
-            Err(_) => {
+        let accepted = async {
+            tokio::select! {
+                stream = listener.accept() => Some(stream),
+                () = failed(&qemu) => None,
+            }
+        };
+        let stream = match timeout(CONNECT, accepted).await {
+            Ok(Some(stream)) => stream.map_err(socket_failure)?,
+            Ok(None) | Err(_) => {
                 let why = qemu.migration().await.ok().and_then(|info| info.error);
                 let text = format!("QEMU did not connect: {}", why.as_deref().unwrap_or("no reason given"));
                 let hint = "check that QEMU may use the agent's state folder";
@@ -537,12 +555,17 @@ impl Run {
             EventKind::Stop if self.stopped_at.is_none() && self.data.is_none() => {
                 // The event's own time is nearer to the truth than its arrival here.
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                let age = event.at.and_then(|at| now.checked_sub(at)).filter(|age| *age < RETRY);
+                let migration = self.report.started().elapsed();
+                let age = event.at.and_then(|at| now.checked_sub(at)).filter(|age| *age < migration);
                 self.stopped_at = Instant::now().checked_sub(age.unwrap_or_default());
                 self.report.set(|s| s.phase = s.phase.max(Phase::Switchover));
                 self.pilot.note("switchover", "the guest stopped").await;
             }
-            EventKind::Resume => self.stopped_at = None,
+            EventKind::Resume => {
+                self.stopped_at = None;
+                let back = |p| if p == Phase::Switchover { Phase::Precopy } else { p };
+                self.report.set(|s| s.phase = back(s.phase));
+            }
             EventKind::Migration(MigrationStatus::Completed) => {
                 self.vmm_done = true;
                 self.whole_if_so().await;
@@ -611,10 +634,18 @@ impl Run {
     /// Looks at the figures and at the clock.
     async fn look(&mut self) {
         self.count();
+        let committed = matches!(self.pilot.phase(), "committed" | "withdrawing" | "source_lost");
+        let in_doubt = committed && self.dark_since.is_some();
+        self.report.set(|s| match (in_doubt, s.phase) {
+            (true, Phase::Handover) => s.phase = Phase::InDoubt,
+            (false, Phase::InDoubt) => s.phase = Phase::Handover,
+            _ => {}
+        });
+        self.shared.count_unresolved();
         if let Some(since) = self.dark_since {
             let stopped = self.stopped_at.is_some();
             let patience = if stopped { SWITCHOVER_PATIENCE } else { PRECOPY_PATIENCE };
-            if since.elapsed() > patience && self.outcome.is_none() {
+            if since.elapsed() > patience && self.outcome.is_none() && !committed {
                 self.dark_since = None;
                 let text = format!("the link to the destination was lost for {} s", patience.as_secs());
                 let hint = AbortReason::LinkLost.advice();
@@ -660,7 +691,12 @@ impl Run {
                         reason.code(),
                         Blame::Vmm,
                         format!("the migration was aborted: {reason}"),
-                        reason.advice(),
+                        format!(
+                            "{}; `dwcpctl explain {}` at {} may tell more",
+                            reason.advice(),
+                            self.id,
+                            self.outgoing.session.peer.node()
+                        ),
                     )
                 });
                 self.report.end(Phase::Aborted, Some(failure));
@@ -673,10 +709,23 @@ impl Run {
                 self.report.end(Phase::Failed, Some(Failure::new("guest_lost", Blame::Vmm, text, hint)));
             }
         }
+        // QMP serves one client a socket; the guest is somebody else's business now.
+        self.guest.release();
         let status = self.report.status();
         self.in_flight = None;
         self.shared.metrics.ended(&status);
         self.pilot.note("ended", format!("{:?}", status.phase)).await;
+    }
+}
+
+/// Waits until QEMU says that its migration has failed.
+async fn failed(qemu: &Qemu) {
+    loop {
+        sleep(TICK).await;
+        let status = qemu.migration().await.ok().and_then(|info| info.status);
+        if status == Some(MigrationStatus::Failed) {
+            return;
+        }
     }
 }
 

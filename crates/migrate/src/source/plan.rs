@@ -14,7 +14,7 @@ use crate::engine::{CheckReport, Shared};
 use crate::error::{Blame, Failure};
 use crate::guest::{Guest, qmp_failure};
 use crate::handshake::{Dialler, Met, nonce};
-use crate::spec::{MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
+use crate::spec::{Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 
 /// A link counts as datacenter below this round trip.
 const DATACENTER_RTT: Duration = Duration::from_millis(5);
@@ -22,6 +22,8 @@ const DATACENTER_RTT: Duration = Duration::from_millis(5);
 const DEVICE_LOAD: Duration = Duration::from_millis(20);
 /// Journal writes between STOP and RESUME: receipt, commit, starting.
 const WRITES: u32 = 3;
+/// Bytes of the VM's description: a hello has room for it and for the rest.
+const MAX_DESCRIPTION: usize = 12 << 10;
 /// The least of the downtime that must be left for memory.
 const MIN_LEFT: Duration = Duration::from_millis(10);
 
@@ -68,11 +70,20 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// The first problem, if any, as the migration's failure; all of them in its text.
-    pub(crate) fn refuse_problems(&self) -> Result<(), Failure> {
-        let Some(first) = self.problems.first() else { return Ok(()) };
-        let all: Vec<&str> = self.problems.iter().map(|p| p.message.as_str()).collect();
-        Err(Failure { message: all.join("; "), ..first.clone() })
+    pub(crate) fn refuse_problems(&mut self) -> Result<(), Failure> {
+        match self.problems.pop() {
+            Some(last) => Err(together(std::mem::take(&mut self.problems), last)),
+            None => Ok(()),
+        }
     }
+}
+
+/// All problems as one failure: the first one's code, everybody's words.
+fn together(mut problems: Vec<Failure>, last: Failure) -> Failure {
+    problems.push(last);
+    let first = problems[0].clone();
+    let words: Vec<&str> = problems.iter().map(|p| p.message.as_str()).collect();
+    Failure::new(&first.code, first.blame, words.join("; "), first.hint)
 }
 
 /// Looks at the VM, meets the destination, and chooses. Nothing is changed at either end.
@@ -88,6 +99,9 @@ pub(crate) async fn plan(
     };
     if spec.source == SourceWish::Direct {
         return Err(unsupported("--source direct", "use --source stream"));
+    }
+    if spec.on_abort == Leave::Quit {
+        return Err(unsupported("--on-abort quit at the source", "an abort leaves the guest running there"));
     }
     if spec.verify_ram {
         return Err(unsupported("--verify-ram", "leave it out"));
@@ -119,11 +133,22 @@ pub(crate) async fn plan(
         check,
     };
     let local = failures(found);
+    if hello.description.len() > MAX_DESCRIPTION {
+        let text = format!(
+            "the VM's description has {} bytes, more than {MAX_DESCRIPTION}",
+            hello.description.len()
+        );
+        return Err(Failure::new(
+            "description_too_long",
+            Blame::Vmm,
+            text,
+            "a VM of so many RAM blocks cannot be moved yet",
+        ));
+    }
     let met = match dialler.meet(hello).await {
         Ok(met) => met,
         // What speaks against the migration here is more use than that the peer refuses it too.
-        Err(_) if !local.is_empty() && !check => return Err(local[0].clone()),
-        Err(failure) => return Err(failure),
+        Err(failure) => return Err(together(local, failure)),
     };
     let theirs = VmDescription::from_json(&met.welcome.description).map_err(|error| {
         Failure::new(
@@ -156,9 +181,15 @@ pub(crate) async fn plan(
         streams: spec.streams.map(u32::from),
     };
     let theirs = met.welcome.offer.clone().unwrap_or_default();
-    let mut choice = choose(&offer, &theirs, wish, link).map_err(impossible)?;
+    let mut choice = match choose(&offer, &theirs, wish, link) {
+        Ok(choice) => choice,
+        Err(error) => return Err(together(problems, impossible(error))),
+    };
     choice.guest_runs = guest_ran;
-    let downtime = Downtime::divide(spec.downtime_limit, met.rtt, shared.write_time)?;
+    let downtime = match Downtime::divide(spec.downtime_limit, met.rtt, shared.write_time) {
+        Ok(downtime) => downtime,
+        Err(failure) => return Err(together(problems, failure)),
+    };
     Ok(Plan { guest, met, choice, dialler, guest_ran, downtime, problems, notes })
 }
 
