@@ -9,11 +9,18 @@ use std::time::Duration;
 use dwcp_migrate::spec::{
     DEFAULT_DOWNTIME, IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm,
 };
-use dwcp_migrate::status::{Phase, Role, Status};
+use dwcp_migrate::status::{Explanation, Moment, Phase, Role, Status};
 use dwcp_migrate::{Blame, CheckReport, Failure, Gate};
-use dwcp_rpc::{failure, v1};
+use dwcp_proto::handover::Resolution;
+use dwcp_rpc::{MAX_MESSAGE, failure, v1};
 
 use crate::allowed::Allowed;
+
+/// Bytes of one side's timeline in an answer: a journal may hold several MiB of notes, and both sides of a migration
+/// within one node share a message with their statuses.
+const MAX_TIMELINE: usize = MAX_MESSAGE / 4;
+/// Bytes that a moment takes on the wire besides its texts, at most.
+const MOMENT_FRAME: usize = 32;
 
 /// What may be asked for is bounded by these.
 #[derive(Debug, Clone)]
@@ -114,6 +121,19 @@ fn leave(field: &str, number: i32) -> Result<Leave, Failure> {
     })
 }
 
+/// An operator's decision. What is at stake is a guest: there is no default, and no word too many.
+pub(crate) fn resolution(request: &v1::ResolveRequest) -> Result<Resolution, Failure> {
+    let peer_fenced = request.peer_fenced;
+    match known::<v1::Decision>("decision", request.decision)? {
+        v1::Decision::StartHere => Ok(Resolution::StartHere { peer_fenced }),
+        v1::Decision::LeaveToPeer if peer_fenced => {
+            Err(bad("peer_fenced", "goes with DECISION_START_HERE only"))
+        }
+        v1::Decision::LeaveToPeer => Ok(Resolution::LeaveToPeer),
+        v1::Decision::Unspecified => Err(bad("decision", "missing")),
+    }
+}
+
 /// A choice that a newer client knows and this agent does not is refused, never taken for the default.
 fn known<E: TryFrom<i32>>(field: &str, number: i32) -> Result<E, Failure> {
     E::try_from(number).map_err(|_| {
@@ -163,12 +183,75 @@ pub(crate) fn check_report(report: CheckReport) -> v1::CheckReport {
     }
 }
 
-/// A migration's status.
-pub(crate) fn status(s: Status) -> v1::Status {
-    let role = match s.role {
+fn role(role: Role) -> v1::Role {
+    match role {
         Role::Source => v1::Role::Source,
         Role::Destination => v1::Role::Destination,
+    }
+}
+
+/// What this node knows of a migration, each side by itself.
+pub(crate) fn explanations(sides: Vec<Explanation>) -> v1::ExplainResponse {
+    v1::ExplainResponse { sides: sides.into_iter().map(explanation).collect() }
+}
+
+fn explanation(e: Explanation) -> v1::Explanation {
+    let (timeline, moments_left_out) = newest(e.timeline);
+    v1::Explanation {
+        id: e.id.into(),
+        vm: e.vm.into(),
+        role: role(e.role).into(),
+        peer: e.peer.into(),
+        phase: e.phase,
+        owner: e.owner,
+        cause: e.cause.map(failure_message),
+        next: e.next,
+        timeline,
+        moments_left_out,
+        status: e.status.map(status),
+    }
+}
+
+/// A migration of which nothing is written down: neither VMM was touched, so the guest is where it was.
+pub(crate) fn unwritten(s: Status) -> v1::Explanation {
+    let next = match (s.role, s.phase.is_end()) {
+        (Role::Source, true) => {
+            "the guest is here, untouched; put the cause right and start the migration again"
+        }
+        (Role::Destination, true) => "nothing came here; prepare again once the cause is put right",
+        (_, false) => "wait; it has only begun",
     };
+    let s = status(s);
+    v1::Explanation {
+        id: s.id.clone(),
+        vm: s.vm.clone(),
+        role: s.role,
+        peer: s.peer.clone(),
+        phase: s.status.clone(),
+        owner: "source".to_owned(),
+        cause: s.error.clone(),
+        next: next.to_owned(),
+        timeline: Vec::new(),
+        moments_left_out: 0,
+        status: Some(s),
+    }
+}
+
+/// As many of the newest moments as fit into [`MAX_TIMELINE`], and how many older ones do not.
+fn newest(mut moments: Vec<Moment>) -> (Vec<v1::Moment>, u32) {
+    let sizes = moments.iter().rev().map(|m| m.what.len() + m.text.len() + MOMENT_FRAME);
+    let fitting = sizes.scan(0, |sum, size| {
+        *sum += size;
+        (*sum <= MAX_TIMELINE).then_some(())
+    });
+    let older = moments.len() - fitting.count();
+    let kept = moments.split_off(older).into_iter();
+    let timeline = kept.map(|m| v1::Moment { unix_ms: m.unix_ms, what: m.what, text: m.text }).collect();
+    (timeline, u32::try_from(older).unwrap_or(u32::MAX))
+}
+
+/// A migration's status.
+pub(crate) fn status(s: Status) -> v1::Status {
     let phase = match s.phase {
         Phase::Preparing => v1::Phase::Preparing,
         Phase::Connecting => v1::Phase::Connecting,
@@ -183,7 +266,7 @@ pub(crate) fn status(s: Status) -> v1::Status {
     v1::Status {
         id: s.id.into(),
         vm: s.vm.into(),
-        role: role.into(),
+        role: role(s.role).into(),
         peer: s.peer.into(),
         phase: phase.into(),
         status: s.status,
@@ -285,5 +368,61 @@ mod tests {
             assert!(failure.message.contains(expected), "{failure}");
         }
         assert!(migrate(None, &bounds(None)).is_err());
+    }
+
+    #[test]
+    fn a_decision_is_taken_as_it_was_said_or_not_at_all() {
+        use v1::Decision::{LeaveToPeer, StartHere, Unspecified};
+        let decide = |decision: i32, peer_fenced| {
+            resolution(&v1::ResolveRequest { decision, peer_fenced, ..Default::default() })
+                .map_err(|e| e.code)
+        };
+        assert_eq!(decide(StartHere.into(), false), Ok(Resolution::StartHere { peer_fenced: false }));
+        assert_eq!(decide(StartHere.into(), true), Ok(Resolution::StartHere { peer_fenced: true }));
+        assert_eq!(decide(LeaveToPeer.into(), false), Ok(Resolution::LeaveToPeer));
+        assert_eq!(decide(LeaveToPeer.into(), true), Err("bad_request".to_owned()));
+        assert_eq!(decide(Unspecified.into(), false), Err("bad_request".to_owned()));
+        assert_eq!(decide(9, false), Err("unsupported".to_owned()));
+    }
+
+    #[test]
+    fn an_explanation_arrives_whole() {
+        let explained = explanation(Explanation {
+            status: None,
+            id: "m-1".parse().unwrap(),
+            vm: "web-1".parse().unwrap(),
+            role: Role::Destination,
+            peer: "hv-02".parse().unwrap(),
+            phase: "in_doubt".to_owned(),
+            owner: "in_doubt".to_owned(),
+            cause: Some(Failure::new("in_doubt", Blame::Link, "no word", "wait")),
+            next: "wait for hv-02".to_owned(),
+            timeline: vec![moment(7, "receipt", "holds the whole guest")],
+        });
+        assert_eq!((explained.role(), explained.peer.as_str()), (v1::Role::Destination, "hv-02"));
+        assert_eq!((explained.phase.as_str(), explained.owner.as_str()), ("in_doubt", "in_doubt"));
+        assert_eq!(explained.cause.unwrap().blame(), v1::Blame::Link);
+        assert_eq!((explained.next.as_str(), explained.moments_left_out), ("wait for hv-02", 0));
+        let only =
+            v1::Moment { unix_ms: 7, what: "receipt".to_owned(), text: "holds the whole guest".to_owned() };
+        assert_eq!((explained.timeline, explained.status), (vec![only], None));
+    }
+
+    #[test]
+    fn a_long_timeline_leaves_out_the_oldest_and_fits_a_message() {
+        use dwcp_proto::journal::{MAX_LINES, MAX_NOTE};
+        use prost::Message;
+        let text = "x".repeat(MAX_NOTE);
+        let (timeline, older) = newest((0..MAX_LINES).map(|n| moment(n, "note", &text)).collect());
+        assert_eq!(timeline.len() as u64 + u64::from(older), MAX_LINES);
+        assert_eq!(timeline.last().unwrap().unix_ms, MAX_LINES - 1);
+        assert!(timeline.len() > 200 && older > 0);
+        let side = v1::Explanation { timeline, ..Default::default() };
+        assert!(side.encoded_len() <= MAX_TIMELINE + 64);
+        assert_eq!(newest(Vec::new()), (Vec::new(), 0));
+    }
+
+    fn moment(unix_ms: u64, what: &str, text: &str) -> Moment {
+        Moment { unix_ms, what: what.to_owned(), text: text.to_owned() }
     }
 }

@@ -74,11 +74,13 @@ impl Service {
 
     fn find<T>(&self, id: &str, look: impl FnOnce(&Engine, &MigrationId) -> Option<T>) -> Result<T, Status> {
         let id = convert::parse("id", id).map_err(refusal)?;
-        look(&self.engine, &id).ok_or_else(|| {
-            let message = format!("there is no migration {id} here");
-            refusal(Failure::new(failure::UNKNOWN_MIGRATION, Blame::Operator, message, "see dwcpctl list"))
-        })
+        look(&self.engine, &id).ok_or_else(|| unknown(&id))
     }
+}
+
+fn unknown(id: &MigrationId) -> Status {
+    let message = format!("there is no migration {id} here");
+    refusal(Failure::new(failure::UNKNOWN_MIGRATION, Blame::Operator, message, "see dwcpctl list"))
 }
 
 #[tonic::async_trait]
@@ -143,11 +145,34 @@ impl Migrations for Service {
         )))
     }
 
-    async fn resolve(&self, _: Request<v1::ResolveRequest>) -> Result<Response<v1::Status>, Status> {
-        Err(refusal(convert::unsupported(
-            "this version does not end a migration in doubt by an operator's word",
-            "restore the link between the two agents, which ends the doubt by itself; start the guest nowhere by hand",
-        )))
+    async fn resolve(
+        &self,
+        request: Request<v1::ResolveRequest>,
+    ) -> Result<Response<v1::ResolveResponse>, Status> {
+        let request = request.get_ref();
+        let id = convert::parse("id", &request.id).map_err(refusal)?;
+        let resolution = convert::resolution(request).map_err(refusal)?;
+        let act = request.act;
+        info!(%id, ?resolution, act, "asked to resolve");
+        let text = self.engine.resolve(&id, resolution, act).await.map_err(refusal)?;
+        Ok(Response::new(v1::ResolveResponse { acted: act, text }))
+    }
+
+    async fn explain(
+        &self,
+        request: Request<v1::ExplainRequest>,
+    ) -> Result<Response<v1::ExplainResponse>, Status> {
+        let id = convert::parse("id", &request.get_ref().id).map_err(refusal)?;
+        let sides = match (self.engine.explain(&id).await, self.engine.get(&id)) {
+            (Ok(sides), _) if !sides.is_empty() => convert::explanations(sides),
+            // It failed, or waits, before there was anything to write down.
+            (Err(failure), Some(status)) if failure.code == failure::UNKNOWN_MIGRATION => {
+                v1::ExplainResponse { sides: vec![convert::unwritten(status)] }
+            }
+            (Err(failure), _) => return Err(refusal(failure)),
+            (Ok(_), _) => return Err(unknown(&id)),
+        };
+        Ok(Response::new(sides))
     }
 
     async fn node(&self, _: Request<v1::NodeRequest>) -> Result<Response<v1::NodeStatus>, Status> {

@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use dwcp_proto::NodeKey;
+use dwcp_proto::handover::{AbortReason, Afterwards};
+use dwcp_proto::journal::{self, Chain, Entry, Job, Prepared};
+use dwcp_proto::{NodeKey, SessionId};
 use dwcp_rpc::v1::migrations_client::MigrationsClient;
 use dwcp_rpc::{failure, v1};
 use hyper_util::rt::TokioIo;
@@ -83,18 +85,52 @@ async fn the_service_answers_and_says_what_it_cannot_do() {
     assert_eq!(failure::from_status(&unknown).unwrap().code, failure::UNKNOWN_MIGRATION);
     let bad = client.get(v1::GetRequest { id: "a/b".to_owned() }).await.unwrap_err();
     assert_eq!(bad.code(), Code::InvalidArgument);
-    for refused in [
-        client.estimate(v1::EstimateRequest::default()).await.unwrap_err(),
-        client.resolve(v1::ResolveRequest::default()).await.unwrap_err(),
-    ] {
-        assert_eq!(refused.code(), Code::Unimplemented);
-        let failure = failure::from_status(&refused).unwrap();
-        assert_eq!(failure.code, failure::UNSUPPORTED);
-        assert!(!failure.hint.is_empty());
-    }
+    let refused = client.estimate(v1::EstimateRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented);
+    let failure = failure::from_status(&refused).unwrap();
+    assert_eq!(failure.code, failure::UNSUPPORTED);
+    assert!(!failure.hint.is_empty());
     let huge = client.get(v1::GetRequest { id: "x".repeat(2 << 20) }).await.unwrap_err();
     assert_eq!(huge.code(), Code::OutOfRange, "{huge:?}");
 
+    assert!(agent.stop().success());
+}
+
+#[tokio::test]
+async fn a_decision_needs_a_migration_and_a_word() {
+    use v1::Decision::{LeaveToPeer, Unspecified};
+    let home = Home::new();
+    let agent = home.start();
+    let mut client = client(&home.socket()).await;
+    for (decision, peer_fenced, code, expected) in [
+        (Unspecified, false, Code::InvalidArgument, failure::BAD_REQUEST),
+        (LeaveToPeer, true, Code::InvalidArgument, failure::BAD_REQUEST),
+        (LeaveToPeer, false, Code::NotFound, failure::UNKNOWN_MIGRATION),
+    ] {
+        let id = "m-1".to_owned();
+        let request = v1::ResolveRequest { id, decision: decision.into(), peer_fenced, act: true };
+        let refused = client.resolve(request).await.unwrap_err();
+        assert_eq!((refused.code(), code_of(&refused)), (code, expected.to_owned()));
+    }
+    let unknown = client.explain(v1::ExplainRequest { id: "m-1".to_owned() }).await.unwrap_err();
+    assert_eq!((unknown.code(), code_of(&unknown).as_str()), (Code::NotFound, failure::UNKNOWN_MIGRATION));
+    assert!(agent.stop().success());
+}
+
+#[tokio::test]
+async fn a_migration_of_an_earlier_life_is_explained() {
+    let home = Home::new();
+    home.add_journal("m-1");
+    let agent = home.start();
+    let mut client = client(&home.socket()).await;
+    assert!(client.list(v1::ListRequest {}).await.unwrap().into_inner().migrations.is_empty());
+    let told = client.explain(v1::ExplainRequest { id: "m-1".to_owned() }).await.unwrap().into_inner();
+    let [side] = told.sides.as_slice() else { panic!("{told:?}") };
+    assert_eq!((side.vm.as_str(), side.peer.as_str(), side.role()), ("web-1", "hv-02", v1::Role::Source));
+    assert_eq!((side.owner.as_str(), &side.status), ("source", &None));
+    let times: Vec<_> = side.timeline.iter().map(|moment| (moment.unix_ms, moment.what.as_str())).collect();
+    assert_eq!(times, [(1000, "prepared"), (2000, "aborted"), (3000, "done")]);
+    assert!(side.cause.is_some() && !side.next.is_empty());
     assert!(agent.stop().success());
 }
 
@@ -325,6 +361,36 @@ peers = "{root}/peers"
         fs::write(self.path(&format!("peers/{node}.pub")), key.to_text()).unwrap();
     }
 
+    /// The source's journal of a migration that was aborted long ago.
+    fn add_journal(&self, id: &str) {
+        let job = Job {
+            migration: id.parse().unwrap(),
+            vm: "web-1".parse().unwrap(),
+            peer: "hv-02".parse().unwrap(),
+            peer_key: [1; 32],
+            peer_addr: None,
+            qmp: "/run/web-1.qmp".to_owned(),
+            session: SessionId([2; 32]),
+            path: "v3".to_owned(),
+            started_unix_ms: 1000,
+        };
+        let entries = [
+            Entry::Prepared(Prepared { job, guest_ran: true, on_success: Afterwards::Leave }.into()),
+            Entry::Aborted { reason: AbortReason::LinkLost },
+            Entry::Done { moved: false },
+        ];
+        let mut chain = Chain::default();
+        let lines = (1..).zip(&entries).map(|(second, entry)| {
+            let line = journal::encode(entry, 1000 * second, &chain).unwrap();
+            chain = line.next;
+            line.text
+        });
+        let text: String = lines.collect();
+        fs::create_dir_all(self.path("state/journal")).unwrap();
+        fs::set_permissions(self.path("state"), fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(self.path(&format!("state/journal/{id}.source.jsonl")), text).unwrap();
+    }
+
     /// Starts an agent and waits until it is ready.
     fn start(&self) -> Agent {
         self.start_with(&[])
@@ -455,6 +521,10 @@ fn output(args: &[&str]) -> Output {
         std::thread::sleep(Duration::from_millis(10));
     }
     child.wait_with_output().unwrap()
+}
+
+fn code_of(status: &tonic::Status) -> String {
+    failure::from_status(status).unwrap().code
 }
 
 fn text(bytes: &[u8]) -> &str {

@@ -22,7 +22,8 @@ pub(crate) struct Args {
 
 const EXIT_STATUS: &str = "\
 Exit status:
-  0  done; for `migrate`: the guest runs at the destination (or stays paused there, as it was)
+  0  done; for `migrate`: the guest runs at the destination (or stays paused there, as it was); for `resolve`: your
+     decision was taken
   1  it failed or was aborted; the message says where the guest is
   2  the command line or the request is wrong
   3  the agent cannot be reached
@@ -43,6 +44,10 @@ pub(crate) enum Command {
     List(ListArgs),
     /// Abort a migration; the guest goes on at the source.
     Cancel(CancelArgs),
+    /// Tell what happened in a migration, who owns the guest, and what to do next; after a restart of the agent too.
+    Explain(ExplainArgs),
+    /// Decide where the guest runs when the agents cannot: the link is gone for good, or a VMM refuses.
+    Resolve(ResolveArgs),
 }
 
 impl Command {
@@ -55,6 +60,8 @@ impl Command {
             Command::Status(args) => args.json,
             Command::List(args) => args.json,
             Command::Cancel(args) => args.json,
+            Command::Explain(args) => args.json,
+            Command::Resolve(args) => args.json,
         }
     }
 }
@@ -231,6 +238,64 @@ pub(crate) struct CancelArgs {
     pub(crate) json: bool,
 }
 
+/// Arguments of `explain`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Each node tells its own side, from its journal; ask at both. Times are by the clock of the node that is asked, in UTC.")]
+pub(crate) struct ExplainArgs {
+    /// The migration.
+    pub(crate) id: MigrationId,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Arguments of `resolve`.
+#[derive(Debug, clap::Args)]
+#[command(
+    group = ArgGroup::new("decision").required(true).args(["start_here", "leave_to_peer"]),
+    after_help = "\
+Says first what the decision would do here. On a terminal it then asks for the word yes; elsewhere, and with --json,
+nothing is done without --yes, and the exit status is 2. Where the link to the peer can be restored, do that instead: the
+agents then end the doubt by themselves, and without risk."
+)]
+pub(crate) struct ResolveArgs {
+    /// The migration.
+    pub(crate) id: MigrationId,
+    /// The guest runs on this node.
+    #[arg(long)]
+    pub(crate) start_here: bool,
+    /// Your word that the peer's VMM has ended and stays so. If it has not, two copies of the guest run and its disks
+    /// are lost.
+    #[arg(long, requires = "start_here", conflicts_with = "leave_to_peer")]
+    pub(crate) peer_fenced: bool,
+    /// This node never runs the guest, whatever the peer does.
+    #[arg(long)]
+    pub(crate) leave_to_peer: bool,
+    /// Do it without asking.
+    #[arg(long)]
+    pub(crate) yes: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl ResolveArgs {
+    /// The request: to do it, or to say what it would do.
+    pub(crate) fn request(&self, act: bool) -> v1::ResolveRequest {
+        let decision = match self.start_here {
+            true => v1::Decision::StartHere,
+            false => v1::Decision::LeaveToPeer,
+        };
+        v1::ResolveRequest {
+            id: self.id.to_string(),
+            decision: decision.into(),
+            peer_fenced: self.peer_fenced,
+            act,
+        }
+    }
+}
+
 /// A node and where its agent listens: `NODE=IP:PORT`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Target {
@@ -394,6 +459,23 @@ mod tests {
     }
 
     #[test]
+    fn a_decision_reaches_the_request_as_it_was_said() {
+        use v1::Decision::{LeaveToPeer, StartHere};
+        for (line, decision, peer_fenced, yes) in [
+            ("dwcpctl resolve m-1 --start-here", StartHere, false, false),
+            ("dwcpctl resolve m-1 --start-here --peer-fenced --yes", StartHere, true, true),
+            ("dwcpctl resolve m-1 --leave-to-peer --json", LeaveToPeer, false, false),
+        ] {
+            let Command::Resolve(args) = parse(line).unwrap().command else { panic!("{line}") };
+            let request = args.request(true);
+            assert_eq!((request.id.as_str(), request.act), ("m-1", true), "{line}");
+            assert_eq!((request.decision(), request.peer_fenced), (decision, peer_fenced), "{line}");
+            assert_eq!((args.yes, args.json), (yes, line.ends_with("--json")), "{line}");
+            assert!(!args.request(false).act);
+        }
+    }
+
+    #[test]
     fn a_wrong_command_line_is_refused_with_what_was_expected() {
         const GOOD: &str = "dwcpctl migrate web-1 --qmp /q --to hv-02=192.0.2.2:7400";
         for (line, expected) in [
@@ -409,6 +491,11 @@ mod tests {
             (format!("{GOOD} --path v2"), "possible values: auto, v1, v3"),
             ("dwcpctl --agent /run/x.sock list".to_owned(), "expected unix:"),
             ("dwcpctl incoming web-1 --qmp /q".to_owned(), "--from"),
+            ("dwcpctl explain".to_owned(), "<ID>"),
+            ("dwcpctl resolve m-1".to_owned(), "--start-here|--leave-to-peer"),
+            ("dwcpctl resolve m-1 --start-here --leave-to-peer".to_owned(), "cannot be used with"),
+            ("dwcpctl resolve m-1 --leave-to-peer --peer-fenced".to_owned(), "cannot be used with"),
+            ("dwcpctl resolve m-1 --peer-fenced".to_owned(), "--start-here"),
         ] {
             let error = parse(&line).expect_err(&line);
             assert!(error.to_string().contains(expected), "{line}: {error}");

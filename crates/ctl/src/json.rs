@@ -3,6 +3,8 @@
 use dwcp_rpc::v1;
 use serde::Serialize;
 
+use crate::utc;
+
 /// A migration's status.
 #[derive(Debug, Serialize)]
 pub(crate) struct Status<'a> {
@@ -102,6 +104,46 @@ struct Peer<'a> {
     fingerprint: &'a str,
 }
 
+/// What a node knows of a migration.
+#[derive(Debug, Serialize)]
+pub(crate) struct Story<'a> {
+    id: &'a str,
+    sides: Vec<Side<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct Side<'a> {
+    vm: &'a str,
+    role: &'static str,
+    peer: &'a str,
+    phase: &'a str,
+    owner: &'a str,
+    cause: Option<Failure<'a>>,
+    next: &'a str,
+    timeline: Vec<Moment<'a>>,
+    moments_left_out: u32,
+    status: Option<Status<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct Moment<'a> {
+    unix_ms: u64,
+    time: String,
+    what: &'a str,
+    text: &'a str,
+}
+
+/// What was decided, or would have been.
+#[derive(Debug, Serialize)]
+pub(crate) struct Resolved<'a> {
+    id: &'a str,
+    decision: &'static str,
+    peer_fenced: bool,
+    acted: bool,
+    text: &'a str,
+    error: Option<Failure<'a>>,
+}
+
 /// A migration's status.
 pub(crate) fn status(s: &v1::Status) -> Status<'_> {
     let p = s.progress.unwrap_or_default();
@@ -139,6 +181,50 @@ pub(crate) fn status(s: &v1::Status) -> Status<'_> {
             dirty_rate: p.dirty_rate,
         },
         error: s.error.as_ref().map(failure),
+    }
+}
+
+/// What a node knows of a migration.
+pub(crate) fn story<'a>(id: &'a str, sides: &'a [v1::Explanation]) -> Story<'a> {
+    let moment = |m: &'a v1::Moment| Moment {
+        unix_ms: m.unix_ms,
+        time: utc::rfc3339(m.unix_ms),
+        what: &m.what,
+        text: &m.text,
+    };
+    let side = |e: &'a v1::Explanation| Side {
+        vm: &e.vm,
+        role: role(e.role()),
+        peer: &e.peer,
+        phase: &e.phase,
+        owner: &e.owner,
+        cause: e.cause.as_ref().map(failure),
+        next: &e.next,
+        timeline: e.timeline.iter().map(moment).collect(),
+        moments_left_out: e.moments_left_out,
+        status: e.status.as_ref().map(status),
+    };
+    Story { id, sides: sides.iter().map(side).collect() }
+}
+
+/// What was decided; with an error, what would have been.
+pub(crate) fn resolved<'a>(
+    request: &'a v1::ResolveRequest,
+    answer: &'a v1::ResolveResponse,
+    error: Option<&'a v1::Failure>,
+) -> Resolved<'a> {
+    let decision = match request.decision() {
+        v1::Decision::Unspecified => "unknown",
+        v1::Decision::StartHere => "start_here",
+        v1::Decision::LeaveToPeer => "leave_to_peer",
+    };
+    Resolved {
+        id: &request.id,
+        decision,
+        peer_fenced: request.peer_fenced,
+        acted: answer.acted,
+        text: &answer.text,
+        error: error.map(failure),
     }
 }
 

@@ -186,7 +186,10 @@ impl Wait<'_> {
             return error;
         }
         let message = format!("the agent was restarted and no longer knows migration {}", self.id);
-        let hint = "ask the VMMs at both ends (query-status) where the guest is before anything else";
+        let hint = format!(
+            "ask at both nodes: dwcpctl explain {}; if neither knows, ask both VMMs (query-status) before anything else",
+            self.id
+        );
         CtlError::new(Exit::InDoubt, Blame::Local, "forgotten", message, hint)
     }
 
@@ -194,7 +197,7 @@ impl Wait<'_> {
         let message = format!("the peer has not said for {} s who owns the guest", DOUBT.as_secs());
         let hint = format!(
             "restore the link to the peer, which ends the doubt by itself; until then start the guest nowhere by hand; \
-             see dwcpctl status {}",
+             if the peer is gone for good: dwcpctl explain {}",
             self.id
         );
         CtlError::new(Exit::InDoubt, Blame::Link, "in_doubt", message, hint)

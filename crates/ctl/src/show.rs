@@ -192,7 +192,7 @@ pub(crate) fn seconds(seconds: f64) -> String {
 }
 
 /// Rows in aligned columns; the last one is as long as it is.
-fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String {
+pub(crate) fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String {
     let rows: Vec<[String; N]> = rows.into_iter().map(|row| row.map(|cell| one_line(&cell))).collect();
     let mut widths = [0; N];
     for row in &rows {

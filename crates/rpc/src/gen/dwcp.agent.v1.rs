@@ -176,12 +176,98 @@ pub struct EstimateRequest {
 /// Reserved.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EstimateResponse {}
-/// Reserved.
+/// Asks to end by an operator's word what the agents cannot end by themselves.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ResolveRequest {
-    /// The migration in doubt.
+    /// The migration.
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
+    /// What is decided.
+    #[prost(enumeration = "Decision", tag = "2")]
+    pub decision: i32,
+    /// The operator's word that the peer's VMM has ended and stays so; only with DECISION_START_HERE. If it is not true, two
+    /// copies of the guest run.
+    #[prost(bool, tag = "3")]
+    pub peer_fenced: bool,
+    /// Do it. Otherwise nothing is changed, and the answer says what would be done.
+    #[prost(bool, tag = "4")]
+    pub act: bool,
+}
+/// What was decided, or would be.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResolveResponse {
+    /// Whether it was done; false where it was only asked what would be done.
+    #[prost(bool, tag = "1")]
+    pub acted: bool,
+    /// What it did or would do, in one sentence.
+    #[prost(string, tag = "2")]
+    pub text: ::prost::alloc::string::String,
+}
+/// Asks what happened in a migration.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExplainRequest {
+    /// Its id.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+}
+/// What this node knows of a migration.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExplainResponse {
+    /// One for each side that this node was; at least one.
+    #[prost(message, repeated, tag = "1")]
+    pub sides: ::prost::alloc::vec::Vec<Explanation>,
+}
+/// One side of a migration, as its journal tells it, or its status where it ended before anything was written down.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Explanation {
+    /// The migration.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// The VM.
+    #[prost(string, tag = "2")]
+    pub vm: ::prost::alloc::string::String,
+    /// Which side this is.
+    #[prost(enumeration = "Role", tag = "3")]
+    pub role: i32,
+    /// The other node.
+    #[prost(string, tag = "4")]
+    pub peer: ::prost::alloc::string::String,
+    /// The last decision that the journal holds, in snake_case; for a source one of prepared, source_lost, commit, aborted,
+    /// lost, resolved, done; for a destination accepted, receipt, starting, running, never_ran, lost, resolved, done. The
+    /// status's phase where nothing was written down yet.
+    #[prost(string, tag = "5")]
+    pub phase: ::prost::alloc::string::String,
+    /// Who owns the guest: `source`, `destination`, `in_doubt`, or `nobody` where it is lost.
+    #[prost(string, tag = "6")]
+    pub owner: ::prost::alloc::string::String,
+    /// Why it ended badly, or does not go on; absent where neither is so.
+    #[prost(message, optional, tag = "7")]
+    pub cause: ::core::option::Option<Failure>,
+    /// The next command, or what to wait for, in one sentence.
+    #[prost(string, tag = "8")]
+    pub next: ::prost::alloc::string::String,
+    /// What happened, in the order of writing. Only the newest where all do not fit into a message.
+    #[prost(message, repeated, tag = "9")]
+    pub timeline: ::prost::alloc::vec::Vec<Moment>,
+    /// How many older moments are left out of `timeline`.
+    #[prost(uint32, tag = "10")]
+    pub moments_left_out: u32,
+    /// The status; absent where the migration ended in an earlier life of the agent.
+    #[prost(message, optional, tag = "11")]
+    pub status: ::core::option::Option<Status>,
+}
+/// Something that happened at one side of a migration.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Moment {
+    /// When, by the node's clock: milliseconds since 1970, UTC. The clocks of two nodes may differ, and a clock may be set back.
+    #[prost(uint64, tag = "1")]
+    pub unix_ms: u64,
+    /// Stable, snake_case: what kind of thing happened.
+    #[prost(string, tag = "2")]
+    pub what: ::prost::alloc::string::String,
+    /// More, for people; may be empty.
+    #[prost(string, tag = "3")]
+    pub text: ::prost::alloc::string::String,
 }
 /// A failure of a request or of a migration.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -499,6 +585,39 @@ impl SourceWish {
             "SOURCE_WISH_AUTO" => Some(Self::Auto),
             "SOURCE_WISH_DIRECT" => Some(Self::Direct),
             "SOURCE_WISH_STREAM" => Some(Self::Stream),
+            _ => None,
+        }
+    }
+}
+/// What an operator can decide where the agents may not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Decision {
+    /// Not said; refused.
+    Unspecified = 0,
+    /// The guest runs on this node.
+    StartHere = 1,
+    /// This node never runs the guest, whatever the peer does.
+    LeaveToPeer = 2,
+}
+impl Decision {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "DECISION_UNSPECIFIED",
+            Self::StartHere => "DECISION_START_HERE",
+            Self::LeaveToPeer => "DECISION_LEAVE_TO_PEER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DECISION_UNSPECIFIED" => Some(Self::Unspecified),
+            "DECISION_START_HERE" => Some(Self::StartHere),
+            "DECISION_LEAVE_TO_PEER" => Some(Self::LeaveToPeer),
             _ => None,
         }
     }
@@ -924,11 +1043,15 @@ pub mod migrations_client {
                 .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "Estimate"));
             self.inner.unary(req, path, codec).await
         }
-        /// Reserved: ends a migration in doubt by an operator's word. Answers UNIMPLEMENTED and says what to do instead.
+        /// Ends by an operator's word what the two agents cannot end by themselves: a migration in doubt, a VMM that refuses
+        /// to run the guest. Says what it would do, or does it; refused where nothing waits for a decision.
         pub async fn resolve(
             &mut self,
             request: impl tonic::IntoRequest<super::ResolveRequest>,
-        ) -> std::result::Result<tonic::Response<super::Status>, tonic::Status> {
+        ) -> std::result::Result<
+            tonic::Response<super::ResolveResponse>,
+            tonic::Status,
+        > {
             self.inner
                 .ready()
                 .await
@@ -944,6 +1067,31 @@ pub mod migrations_client {
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "Resolve"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// What happened in a migration, who owns the guest, and what to do next; for those of earlier lives of the agent too.
+        pub async fn explain(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ExplainRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ExplainResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/dwcp.agent.v1.Migrations/Explain",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "Explain"));
             self.inner.unary(req, path, codec).await
         }
         /// The agent itself: version, addresses, flag, peers.
@@ -1036,11 +1184,17 @@ pub mod migrations_server {
             tonic::Response<super::EstimateResponse>,
             tonic::Status,
         >;
-        /// Reserved: ends a migration in doubt by an operator's word. Answers UNIMPLEMENTED and says what to do instead.
+        /// Ends by an operator's word what the two agents cannot end by themselves: a migration in doubt, a VMM that refuses
+        /// to run the guest. Says what it would do, or does it; refused where nothing waits for a decision.
         async fn resolve(
             &self,
             request: tonic::Request<super::ResolveRequest>,
-        ) -> std::result::Result<tonic::Response<super::Status>, tonic::Status>;
+        ) -> std::result::Result<tonic::Response<super::ResolveResponse>, tonic::Status>;
+        /// What happened in a migration, who owns the guest, and what to do next; for those of earlier lives of the agent too.
+        async fn explain(
+            &self,
+            request: tonic::Request<super::ExplainRequest>,
+        ) -> std::result::Result<tonic::Response<super::ExplainResponse>, tonic::Status>;
         /// The agent itself: version, addresses, flag, peers.
         async fn node(
             &self,
@@ -1482,7 +1636,7 @@ pub mod migrations_server {
                         T: Migrations,
                     > tonic::server::UnaryService<super::ResolveRequest>
                     for ResolveSvc<T> {
-                        type Response = super::Status;
+                        type Response = super::ResolveResponse;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
@@ -1505,6 +1659,51 @@ pub mod migrations_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ResolveSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/dwcp.agent.v1.Migrations/Explain" => {
+                    #[allow(non_camel_case_types)]
+                    struct ExplainSvc<T: Migrations>(pub Arc<T>);
+                    impl<
+                        T: Migrations,
+                    > tonic::server::UnaryService<super::ExplainRequest>
+                    for ExplainSvc<T> {
+                        type Response = super::ExplainResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ExplainRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Migrations>::explain(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ExplainSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
