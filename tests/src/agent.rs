@@ -137,6 +137,17 @@ impl CtlOutput {
         ensure!(!self.stderr.trim().is_empty(), "a refusal without a reason: {self:?}");
         Ok(self.stderr)
     }
+
+    /// The same, if the complaint carries this stable code.
+    ///
+    /// # Errors
+    /// As [`CtlOutput::refusal`], or it has another code.
+    pub fn refused_as(self, code: &str) -> Result<String> {
+        let said = self.refusal()?;
+        let begin = format!("error: {code}: ");
+        ensure!(said.lines().any(|line| line.starts_with(&begin)), "no \"{code}\": {said}");
+        Ok(said)
+    }
 }
 
 /// A node: its folder with keys and configuration, and the agent's process while it runs. Killed when dropped.
