@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use dwcp_tests::{QemuVersion, Scene, Watcher, ram};
+use dwcp_tests::{AgentConfig, QemuSpec, QemuVersion, Role, Scene, Watcher, ram};
 use serde_json::{Value, json};
 
 /// How long the guest is followed at its new place.
@@ -32,6 +32,33 @@ matrix! {
     there_and_back_qemu_10_0: there_and_back(V10_0, "v3");
 }
 
+/// A test for each further way that bytes can take, with a paused guest: name, QEMU, both agents' policy, arguments, and
+/// what the result must say of path, mode and encryption.
+macro_rules! ways {
+    ($($name:ident: $version:ident, $config:expr, $arguments:expr, $way:expr;)+) => {
+        $(#[test]
+        fn $name() -> Result<()> {
+            let Some(kit) = Scene::kit_or_skip(stringify!($name)) else { return Ok(()) };
+            let spec = QemuSpec::new(QemuVersion::$version, Role::Source);
+            let scene = Scene::with(&kit, spec, $config, $config)?;
+            let result = paused_by(&scene, &$arguments)?;
+            let way = ["path", "mode", "encryption"].map(|key| result[key].as_str().unwrap_or_default());
+            assert_eq!(way, $way, "{result}");
+            check_result(&result, way[0])
+        })+
+    };
+}
+
+ways! {
+    paused_guest_over_v1_in_the_plain: V10_0, AgentConfig { v1_plain: true, ..AgentConfig::default() },
+        ["--path", "v1", "--mode", "datacenter"], ["v1", "", "none"];
+    paused_guest_over_v3_in_the_plain: V10_0, AgentConfig { datacenter_encryption: "none", ..AgentConfig::default() },
+        ["--path", "v3", "--mode", "datacenter"], ["v3", "datacenter", "none"];
+    // What the policy allows within a datacenter has no effect across sites.
+    paused_guest_over_v3_internet_qemu_7_2: V7_2, AgentConfig { datacenter_encryption: "none", ..AgentConfig::default() },
+        ["--path", "v3", "--mode", "internet"], ["v3", "internet", "tls"];
+}
+
 /// The guest rewrites its memory all the while; afterwards it finds no wrong page, and the two never ran at once.
 fn live(scene: Scene, path: &str) -> Result<()> {
     let watcher = Watcher::start(&[&scene.from, &scene.to])?;
@@ -51,20 +78,23 @@ fn live(scene: Scene, path: &str) -> Result<()> {
     Ok(())
 }
 
-/// A guest that was paused stays paused, and its memory is the same to the byte on both sides.
 fn paused(scene: Scene, path: &str) -> Result<()> {
+    check_result(&paused_by(&scene, &["--path", path])?, path)
+}
+
+/// A guest that was paused stays paused, and its memory is the same to the byte on both sides.
+fn paused_by(scene: &Scene, arguments: &[&str]) -> Result<Value> {
     scene.from.watch().run("stop", json!({}))?;
     let watcher = Watcher::start(&[&scene.from, &scene.to])?;
-    let result = scene.move_guest(&["--path", path])?;
+    let result = scene.move_guest(arguments)?;
     let timeline = watcher.finish()?;
 
-    check_result(&result, path)?;
     assert!(timeline.moments.iter().all(|moment| moment.what != "RESUME"), "{timeline}");
     assert_eq!(scene.to.status()?, "paused");
     assert_eq!(ram::compare(&scene.from, &scene.to, scene.ram_bytes())?, None);
     scene.to.watch().run("cont", json!({}))?;
     scene.to.guest_ok_for(Duration::from_secs(1))?;
-    Ok(())
+    Ok(result)
 }
 
 /// A second migration of the same VM between the same agents, the other way.
