@@ -1,5 +1,7 @@
-//! What systemd is told (`Type=notify-reload`): READY, RELOADING, STOPPING, STATUS, WATCHDOG. Without systemd all of
-//! this does nothing.
+//! What systemd is told: READY, RELOADING, STOPPING, STATUS, WATCHDOG. Without systemd all of this does nothing.
+//!
+//! The unit is of `Type=notify`, since Debian 12's systemd (252) does not know `notify-reload` yet; RELOADING carries the
+//! time stamp that the latter asks for, so either works.
 
 use sd_notify::NotifyState;
 use tokio::task::JoinHandle;

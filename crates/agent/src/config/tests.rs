@@ -144,3 +144,35 @@ fn odd_places_do_not_break_the_message() {
         assert!(error.starts_with("/etc/dwcp/dwcpd.toml:"), "{error}");
     }
 }
+
+/// The file that the package installs. Its defaults are commented out as `#key = value`.
+const PACKAGED: &str = include_str!("../../../../systemd/dwcpd.toml");
+
+#[test]
+fn what_the_packaged_file_comments_out_is_the_default() {
+    let uncommented: Vec<&str> = PACKAGED
+        .lines()
+        .map(|line| {
+            line.strip_prefix('#').filter(|line| line.starts_with(char::is_alphabetic)).unwrap_or(line)
+        })
+        .collect();
+    let uncommented = uncommented.join("\n");
+    let mut all = parse(&uncommented).unwrap();
+    assert!(all.limits.cpus.is_some() && all.limits.workers.is_some() && all.limits.bandwidth.is_some());
+    // These three have examples, since their default is no value.
+    (all.limits.cpus, all.limits.workers, all.limits.bandwidth) = (None, None, None);
+    assert_eq!(all, parse(PACKAGED).unwrap());
+
+    // And no key is left out.
+    let keys = |text: &str| -> Vec<String> {
+        let table: toml::Table = text.parse().unwrap();
+        let of = |(name, value): (&String, &toml::Value)| match value.as_table() {
+            Some(table) => table.keys().map(|key| format!("{name}.{key}")).collect(),
+            None => vec![name.clone()],
+        };
+        let mut keys: Vec<String> = table.iter().flat_map(of).collect();
+        keys.sort();
+        keys
+    };
+    assert_eq!(keys(&uncommented), keys(FULL));
+}
