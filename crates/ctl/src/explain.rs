@@ -59,7 +59,6 @@ fn story(e: &v1::Explanation) -> String {
     if e.moments_left_out > 0 {
         text += &field("", &format!("{} older moments are left out here", e.moments_left_out));
     }
-    text.push('\n');
     text + &timeline(&e.timeline)
 }
 
@@ -88,7 +87,7 @@ fn timeline(moments: &[v1::Moment]) -> String {
     let rows: Vec<_> = rows.collect();
     match rows.is_empty() {
         true => String::new(),
-        false => show::table(std::iter::once(header).chain(rows)),
+        false => format!("\n{}", show::table(std::iter::once(header).chain(rows))),
     }
 }
 
