@@ -7,10 +7,18 @@ mod sim;
 
 use std::time::Duration;
 
-use sim::{Broken, End, MS, Mutant, Real, SECOND, Scenario, StandIn, Tally, Weights};
+use sim::queue::{MS, SECOND};
+use sim::scenario::{Mutant, Scenario, Weights};
+use sim::{Broken, End, Real, StandIn, Tally};
 
-/// Seeds that once broke a rule, and what was wrong.
-const REGRESSIONS: &[(u64, &str)] = &[];
+/// Seeds that broke a rule, and what was wrong then. A seed means the same world only while worlds are drawn as they are; what was
+/// mended has its unit test as well.
+const REGRESSIONS: &[(u64, &str)] = &[
+    (145, "a refusal that crossed with the loss of the chunk's connection counted as forged"),
+    (7, "a refusal said again on a new connection counted as another one"),
+    (41, "small chunks ran ahead of what the receiver reorders"),
+    (102, "the second copy was dropped, then the first broke off, and nobody sent a third"),
+];
 
 fn holds(result: Result<End, Broken>) -> End {
     result.unwrap_or_else(|broken| panic!("{broken}"))
@@ -88,7 +96,7 @@ fn found(mutant: Mutant, rule: &str) {
 
 fn found_where(mutant: Mutant, rule: &str, adapt: impl Fn(&mut Scenario)) {
     let mut tally = Tally::default();
-    for seed in 0..3000 {
+    for seed in 0..10_000 {
         let broken = |s: &mut Scenario| {
             adapt(s);
             s.mutant = Some(mutant);
@@ -102,20 +110,35 @@ fn found_where(mutant: Mutant, rule: &str, adapt: impl Fn(&mut Scenario)) {
     panic!("{mutant:?} was not found in {} events", tally.events);
 }
 
+/// Large chunks on slow links that break often: many copies are half-read.
+fn half_read(scenario: &mut Scenario) {
+    (scenario.sizes, scenario.ratio, scenario.ps_per_byte) = ([1 << 19, 1 << 20], 255, 100_000);
+    (scenario.chunks, scenario.encode, scenario.sink_ps) = (50, MS / 100, 100);
+    scenario.choice.streams = 4;
+    scenario.choice.window = 16 << 20;
+    scenario.weights = Weights { reset: 1, black_hole: 1, ..Weights::default() };
+    (scenario.faults_until, scenario.fault_gap) = (5 * SECOND, 300 * MS);
+}
+
 #[test]
 fn every_broken_rule_is_found() {
     found(Mutant::LinkDownUntold, "stuck");
     found(Mutant::AckNotRepeated, "stuck");
     found(Mutant::RefusalIgnored, "stuck");
     found(Mutant::RefusalSaidOnce, "stuck");
-    found(Mutant::SecondCopyDropped, "stuck");
-    found(Mutant::BrokenCopyKept, "stuck");
+    found_where(Mutant::SecondCopyDropped, "stuck", half_read);
+    // A refusal waits for copies that are still to come.
+    let altered = |s: &mut Scenario| {
+        half_read(s);
+        s.altered = 100_000;
+    };
+    found_where(Mutant::BrokenCopyKept, "stuck", altered);
     found(Mutant::DuplicateApplied, "applied after");
     found(Mutant::DigestUnchecked, "applied altered");
     found(Mutant::OrderIgnored, "applied after");
     found(Mutant::RoomIgnored, "unacknowledged");
     found(Mutant::AckBeforeApplied, "the peer acknowledged");
     found(Mutant::CommitBeforeJournal, "I1");
-    found(Mutant::NoStopWhileIncoming, "ran");
+    found(Mutant::NoStopWhileIncoming, "I1");
     found(Mutant::NoResend, "stuck");
 }

@@ -181,6 +181,10 @@ impl Scenario {
             weights,
             mutant: None,
         };
+        // Often the link is what is slow: then copies are half-read for longer.
+        if rng.one_in(3) {
+            (scenario.encode, scenario.verify, scenario.sink_ps) = (MS / 100, MS / 100, 100);
+        }
         if faults {
             let work = scenario.work();
             scenario.faults_until = rng.scale(work / 2 + 10 * MS, 3 * work + 10 * SECOND);

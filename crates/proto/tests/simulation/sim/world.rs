@@ -64,6 +64,8 @@ pub(crate) struct Tally {
     pub(crate) vmm_deaths: [u64; 2],
     pub(crate) failed_writes: u64,
     pub(crate) refused_commands: u64,
+    /// The longest that a world took once it was fair, in percent of its bound.
+    pub(crate) nearest: u64,
     /// Most events planned at one time.
     pub(crate) most_planned: usize,
 }
@@ -86,10 +88,15 @@ impl fmt::Display for Tally {
             "{} connections, {} broken, {} cuts of the path",
             self.connections, self.breaks, self.cuts
         )?;
+        writeln!(
+            f,
+            "agents killed {:?}, VMMs {:?}, {} failed writes, {} refused commands",
+            self.crashes, self.vmm_deaths, self.failed_writes, self.refused_commands
+        )?;
         write!(
             f,
-            "agents killed {:?}, VMMs {:?}, {} failed writes, {} refused commands, at most {} events planned",
-            self.crashes, self.vmm_deaths, self.failed_writes, self.refused_commands, self.most_planned
+            "at most {} events planned; the slowest end took {} % of its bound",
+            self.most_planned, self.nearest
         )
     }
 }
@@ -245,6 +252,9 @@ impl<'t, X: Seal> World<'t, X> {
         let result = self.steps();
         self.tally.worlds += 1;
         self.tally.simulated += self.queue.now();
+        if let Ok(end) = &result {
+            self.tally.nearest = self.tally.nearest.max(end.fair * 100 / self.scenario.bound());
+        }
         result.map_err(|rule| Broken { seed, rule, how: self.story() })
     }
 
@@ -327,7 +337,7 @@ impl<'t, X: Seal> World<'t, X> {
             return Err("a paused guest was started".into());
         }
         if self.never_ran_said && destination.ran {
-            return Err("never_ran was said of a guest that ran".into());
+            return Err("I1: never_ran was said of a guest that ran".into());
         }
         if let Some(since) = source.restoring_since
             && self.queue.now() > since + SECOND
