@@ -9,7 +9,7 @@ use dwcp_hde::testing::SegmentBuilder;
 use dwcp_hde::{Choice, Encoder};
 use dwcp_proto::frame::Head;
 use dwcp_proto::journal::{self, Chain, Entry, Note};
-use dwcp_proto::message::{Ack, Body, Hello, Message, Nack, Offer, Ping};
+use dwcp_proto::message::{Ack, Body, Hello, Message, Offer, Ping};
 use dwcp_proto::{EncodedChunk, Lane, NodeKey, NodeName, PageVersion, Sealer, SessionId, StreamOffset};
 use dwcp_vmm::sim::StreamWriter;
 
@@ -83,7 +83,6 @@ fn frames() -> Vec<Vec<u8>> {
     let bodies = [
         Body::Hello(Hello { offer: Some(Offer::default()), ..Hello::default() }),
         Body::Ack(Ack::default()),
-        Body::Nack(Nack::default()),
         Body::Ping(Ping { token: 7 }),
     ];
     seeds.extend(bodies.map(|body| [&[1], &Message::from(body).to_bytes()[..]].concat()));

@@ -25,7 +25,7 @@
 //! context): a signature over it binds a message to this connection.
 //!
 //! # When the peer refuses our key
-//! In TLS 1.3 the client is done before the server has looked at the client's key. So [`dial`] succeeds, and the
+//! In TLS 1.3 the client is done before the server has looked at the client's key. So [`dial()`] succeeds, and the
 //! refusal arrives with the first read: it fails with an [`io::Error`](std::io::Error) that
 //! [`LinkError::from`] turns into [`LinkError::KeyRefused`]. A write may fail first, with a mere reset: whoever meets
 //! an error while writing should let the reader say why. Learn of it early by reading early.

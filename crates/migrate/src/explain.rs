@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use dwcp_proto::handover::AbortReason;
+use dwcp_proto::handover::Resolution::{LeaveToPeer, StartHere};
 use dwcp_proto::journal::{Entry, Job, MAX_JOURNAL, Stamped, replay};
 use dwcp_proto::{MigrationId, Side};
 
@@ -49,6 +50,7 @@ fn tell(side: Side, entries: &[Stamped], status: Option<Status>) -> Option<Expla
     });
     let known = status.as_ref().and_then(|s| s.error.clone());
     let over = matches!(decisions.last(), Some(Entry::Done { .. }));
+    let moved = matches!(decisions.last(), Some(Entry::Running));
     Some(Explanation {
         id: job.migration.clone(),
         vm: job.vm.clone(),
@@ -57,7 +59,7 @@ fn tell(side: Side, entries: &[Stamped], status: Option<Status>) -> Option<Expla
         phase: decisions.last().map_or("none", |entry| name(entry)).to_owned(),
         owner: owner.to_owned(),
         cause: known.or_else(|| reason.map(failure)),
-        next: next(side, owner, over, job),
+        next: next(side, owner, over, moved, job),
         timeline: entries.iter().map(moment).collect(),
         status,
     })
@@ -77,7 +79,6 @@ fn failure(reason: AbortReason) -> Failure {
 
 /// Who owns the guest after `entry`, if it changes that.
 fn owner_after(side: Side, entry: &Entry) -> Option<&'static str> {
-    use dwcp_proto::handover::Resolution::{LeaveToPeer, StartHere};
     let (here, there) = match side {
         Side::Source => ("source", "destination"),
         Side::Destination => ("destination", "source"),
@@ -97,7 +98,7 @@ fn owner_after(side: Side, entry: &Entry) -> Option<&'static str> {
     }
 }
 
-fn next(side: Side, owner: &str, over: bool, job: &Job) -> String {
+fn next(side: Side, owner: &str, over: bool, moved: bool, job: &Job) -> String {
     let Job { migration: id, peer, .. } = job;
     match (side, owner) {
         (_, "in_doubt") => format!(
@@ -114,6 +115,7 @@ fn next(side: Side, owner: &str, over: bool, job: &Job) -> String {
             format!("the guest is at {peer}; this VMM may be ended")
         }
         (_, "destination") if over => "nothing: the guest has moved".to_owned(),
+        (Side::Destination, "destination") if moved => "nothing: the guest is here".to_owned(),
         (Side::Destination, "destination") => {
             "the guest is here; the agent sees to it that it runs".to_owned()
         }
@@ -139,17 +141,26 @@ fn name(entry: &Entry) -> &'static str {
     }
 }
 
+fn begun(job: &Job) -> String {
+    let session = job.session.to_string();
+    format!("session {}… over {}; VMM at {}", &session[..8], job.path, job.qmp)
+}
+
 fn moment(stamped: &Stamped) -> Moment {
     let what = name(&stamped.entry).to_owned();
     let (what, text) = match &stamped.entry {
-        Entry::Prepared(p) => (what, format!("{} over {}; VMM at {}", p.job.session, p.job.path, p.job.qmp)),
-        Entry::Accepted(a) => (what, format!("{} over {}; VMM at {}", a.job.session, a.job.path, a.job.qmp)),
+        Entry::Prepared(p) => (what, begun(&p.job)),
+        Entry::Accepted(a) => (what, begun(&a.job)),
         Entry::SourceLost(t) | Entry::Commit(t) | Entry::Receipt(t) => {
             (what, format!("{} bytes of the VMM's stream", t.stream_len))
         }
         Entry::Aborted { reason } | Entry::NeverRan { reason } => (what, reason.to_string()),
         Entry::Starting { run } => (what, if *run { "to run" } else { "to stay paused" }.to_owned()),
-        Entry::Resolved(resolution) => (what, format!("{resolution:?}")),
+        Entry::Resolved(StartHere { peer_fenced: true }) => {
+            (what, "start here, the peer is fenced".to_owned())
+        }
+        Entry::Resolved(StartHere { peer_fenced: false }) => (what, "start here".to_owned()),
+        Entry::Resolved(LeaveToPeer) => (what, "leave it to the peer".to_owned()),
         Entry::Done { moved } => (what, if *moved { "moved" } else { "not moved" }.to_owned()),
         Entry::Running | Entry::Lost => (what, String::new()),
         Entry::Note(note) => (note.what.clone(), note.text.clone()),

@@ -13,6 +13,7 @@
 //! bounded pool of plain threads, everything else on tokio.
 
 mod bucket;
+pub mod config;
 mod control;
 mod counters;
 mod destination;
@@ -25,14 +26,17 @@ mod journal;
 pub mod metrics;
 mod pilot;
 mod pool;
+mod reception;
 mod recovery;
 mod reins;
 mod report;
+mod shared;
 mod source;
 pub mod spec;
 pub mod status;
 mod wire;
 
-pub use engine::{CheckReport, Engine, EngineConfig, Gate, Limits, Policy, V1Policy};
+pub use config::{CheckReport, EngineConfig, Gate, Limits, Policy, V1Policy};
+pub use engine::Engine;
 pub use error::{Blame, Failure};
 pub use metrics::Metrics;

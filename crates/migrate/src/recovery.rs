@@ -13,13 +13,13 @@ use tokio::sync::mpsc;
 use tracing::{Instrument, error, info, info_span, warn};
 
 use crate::destination;
-use crate::engine::Shared;
 use crate::error::{Blame, Failure};
 use crate::guest::Guest;
 use crate::handshake::Session;
 use crate::journal::{self, Journal};
 use crate::reins::reins;
 use crate::report::Report;
+use crate::shared::Shared;
 use crate::source;
 use crate::status::{Phase, Role};
 

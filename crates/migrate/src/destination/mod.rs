@@ -27,7 +27,6 @@ use tracing::{Instrument, info, warn};
 
 use crate::control::{Control, Data, Event, Origin};
 use crate::counters::Counters;
-use crate::engine::Shared;
 use crate::error::{Blame, Failure};
 use crate::guest::{Guest, next_event, qmp_failure};
 use crate::handshake::{Arrival, Session};
@@ -38,6 +37,7 @@ use crate::pool::Share;
 use crate::recovery::{self, Revived};
 use crate::reins::{Pull, Reins};
 use crate::report::Report;
+use crate::shared::Shared;
 use crate::source::closing;
 use crate::spec::{IncomingSpec, Leave};
 use crate::status::Phase;
@@ -564,7 +564,7 @@ impl Run {
         self.in_flight = None;
         self.shared.metrics.ended(&status);
         self.shared.count_unresolved();
-        self.pilot.note("ended", format!("{:?}", status.phase)).await;
+        self.pilot.note("ended", status.status.clone()).await;
     }
 }
 

@@ -10,10 +10,11 @@ use dwcp_vmm::describe::VmDescription;
 use dwcp_vmm::preflight::{self, Finding, compare};
 use dwcp_vmm::qmp::RunState;
 
-use crate::engine::{CheckReport, Shared};
+use crate::config::CheckReport;
 use crate::error::{Blame, Failure};
 use crate::guest::{Guest, qmp_failure};
 use crate::handshake::{Dialler, Met, nonce};
+use crate::shared::Shared;
 use crate::spec::{Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 
 /// A link counts as datacenter below this round trip.

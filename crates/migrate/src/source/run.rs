@@ -1,0 +1,565 @@
+//! A migration that has a session, at its source: one task that listens to the peer, the VMM, the data path, the clock and the
+//! operator, and feeds the handover.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use dwcp_proto::handover::{AbortReason, Input, Outcome, Transfer, VmmState};
+use dwcp_proto::message::Body;
+use dwcp_proto::{MigrationId, Path};
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters, Qemu};
+use dwcp_vmm::socket::MigrationListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until, timeout};
+use tracing::{Instrument, debug, warn};
+
+use super::{Outgoing, bytes, cancelled, chunks, ingest};
+use crate::control::{Control, DataEvent, Event};
+use crate::counters::Counters;
+use crate::error::{Blame, Failure};
+use crate::guest::{Guest, next_event, qmp_failure};
+use crate::metrics::InFlight;
+use crate::pilot::{Pilot, Step};
+use crate::reins::{Pull, Reins};
+use crate::report::Report;
+use crate::shared::Shared;
+use crate::status::Phase;
+
+/// Between two looks at the VMM's progress.
+const TICK: Duration = Duration::from_millis(250);
+/// Between two tries of what a VMM or the journal refused.
+const RETRY: Duration = Duration::from_secs(1);
+/// QEMU (8.2+) is told the measured rate anew when it has changed by this share.
+const TELL_RATE: f64 = 0.1;
+/// How long the guest may stand still waiting for a lost link before it is taken back.
+const SWITCHOVER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long precopy waits for a lost link.
+const PRECOPY_PATIENCE: Duration = Duration::from_secs(3600);
+/// How long a migration that is asked to end at the agent's stop may take.
+const GRACE: Duration = Duration::from_secs(8);
+/// How long QEMU may take to connect to our socket once it was told to migrate.
+const CONNECT: Duration = Duration::from_secs(10);
+/// No limit, as QEMU understands it: what the agent takes is what bounds it.
+const UNLIMITED: u64 = 1 << 40;
+
+/// The state of a migration that has a session.
+pub(super) struct Run {
+    shared: Arc<Shared>,
+    id: MigrationId,
+    report: Arc<Report>,
+    pilot: Pilot,
+    guest: Arc<Guest>,
+    control: Control,
+    outgoing: Outgoing,
+    /// The downtime limit that QEMU is told.
+    pub(super) vmm_limit: Duration,
+    pub(super) deadline: Option<Instant>,
+    /// What went wrong first, for the status.
+    failure: Option<Failure>,
+    outcome: Option<Outcome>,
+    /// Counts as running until it has ended.
+    pub(super) in_flight: Option<InFlight>,
+    /// The data path's task.
+    transport: JoinSet<Result<Transfer, Failure>>,
+    /// What the peer says to the data path, until that is started.
+    pub(super) data: Option<mpsc::Receiver<DataEvent>>,
+    /// The task that asks the VMM how far it is, and its answers.
+    monitor: JoinSet<()>,
+    info_tx: mpsc::Sender<MigrationInfo>,
+    info: mpsc::Receiver<MigrationInfo>,
+    /// Everything was applied at the destination.
+    transfer: Option<Transfer>,
+    /// The VMM is in `postmigrate`.
+    vmm_done: bool,
+    whole: bool,
+    stopped_at: Option<Instant>,
+    /// When the destination last said something of the handover.
+    heard_at: Option<Instant>,
+    pub(super) dark_since: Option<Instant>,
+    fraction: f64,
+    /// What was reported to the metrics so far: stream bytes, guest bytes.
+    carried: (u64, u64),
+}
+
+impl Run {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        id: &MigrationId,
+        report: &Arc<Report>,
+        pilot: Pilot,
+        guest: Arc<Guest>,
+        control: Control,
+        outgoing: Outgoing,
+    ) -> Self {
+        let (info_tx, info) = mpsc::channel(1);
+        Run {
+            shared: shared.clone(),
+            id: id.clone(),
+            report: report.clone(),
+            pilot,
+            guest,
+            control,
+            outgoing,
+            vmm_limit: Duration::ZERO,
+            deadline: None,
+            failure: None,
+            outcome: None,
+            in_flight: None,
+            transport: JoinSet::new(),
+            data: None,
+            monitor: JoinSet::new(),
+            info_tx,
+            info,
+            transfer: None,
+            vmm_done: false,
+            whole: false,
+            stopped_at: None,
+            heard_at: None,
+            dark_since: None,
+            fraction: 0.0,
+            carried: (0, 0),
+        }
+    }
+
+    pub(super) async fn drive(&mut self, mut events: mpsc::Receiver<Event>, mut reins: Reins) {
+        let mut qmp = self.guest.reach().await.ok().map(|qemu| qemu.events());
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut retry = interval(RETRY);
+        retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let steps = self.pilot.begin().await;
+        self.take(steps).await;
+        let guest = self.guest.clone();
+        let gone = guest.gone();
+        tokio::pin!(gone);
+        let mut gone_seen = false;
+        while self.outcome.is_none() {
+            let deadline = self.deadline.map(tokio::time::Instant::from_std);
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.control_event(event).await,
+                    None => {
+                        self.fail(AbortReason::LinkLost, ended()).await;
+                        // Never again in this life: the journal goes on from here.
+                        return;
+                    }
+                },
+                event = next_event(&mut qmp) => match event {
+                    Some(event) => self.qmp_event(event).await,
+                    None => qmp = None,
+                },
+                Some(done) = self.transport.join_next() => match done {
+                    Ok(Ok(transfer)) => {
+                        self.transfer = Some(transfer);
+                        self.whole_if_so().await;
+                    }
+                    Ok(Err(failure)) => self.transport_failed(failure).await,
+                    Err(error) => self.transport_failed(
+                        Failure::new("task", Blame::Local, format!("the data path failed: {error}"), "please report this"),
+                    ).await,
+                },
+                () = &mut gone, if !gone_seen => {
+                    gone_seen = true;
+                    self.feed(Input::Vmm(VmmState::Gone)).await;
+                }
+                pull = reins.pull() => match pull {
+                    Pull::Cancel => {
+                        self.fail(AbortReason::Cancelled, cancelled()).await;
+                    }
+                    Pull::Order(order) => {
+                        let steps = order.give(&mut self.pilot).await;
+                        self.take(steps).await;
+                    }
+                },
+                () = async { match deadline { Some(d) => sleep_until(d).await, None => std::future::pending().await } } => {
+                    self.deadline = None;
+                    let advice = AbortReason::Deadline.advice();
+                    self.fail(AbortReason::Deadline, Failure::new("deadline", Blame::Operator, "the deadline passed", advice)).await;
+                }
+                Some(info) = self.info.recv() => self.progress(info).await,
+                _ = retry.tick() => self.feed(Input::Retry).await,
+                _ = tick.tick() => self.look().await,
+                // What cannot be ended now is gone on with from the journal.
+                true = closing(&self.shared) => return,
+            }
+        }
+        self.finish().await;
+        // Whoever is in doubt at the other end must be able to ask, for as long as this agent lives; its journal lives longer.
+        while !self.pilot.settled() {
+            tokio::select! {
+                event = events.recv() => match event {
+                    // It does not know the session: nobody is in doubt there.
+                    Some(Event::Lost(_)) | None => return,
+                    Some(event) => self.control_event(event).await,
+                },
+                Pull::Order(order) = reins.pull() => {
+                    let steps = order.give(&mut self.pilot).await;
+                    self.take(steps).await;
+                }
+                _ = retry.tick() => self.feed(Input::Retry).await,
+                true = closing(&self.shared) => return,
+            }
+        }
+    }
+
+    /// Feeds the handover; a violation by the peer ends the migration.
+    async fn feed(&mut self, input: Input) {
+        match self.pilot.feed(input).await {
+            Ok(steps) => self.take(steps).await,
+            Err(refused) => self.violation(refused.to_string()).await,
+        }
+    }
+
+    async fn violation(&mut self, text: String) {
+        self.shared.metrics.byzantine_attempt("protocol");
+        let hint = AbortReason::PeerViolation.advice();
+        let failure = Failure::new("protocol", Blame::PeerMisbehaving, text, hint);
+        self.failure.get_or_insert(failure);
+        if let Ok(steps) = self.pilot.feed(Input::Abort(AbortReason::PeerViolation)).await {
+            Box::pin(self.take(steps)).await;
+        }
+    }
+
+    async fn fail(&mut self, reason: AbortReason, failure: Failure) {
+        warn!(code = %failure.code, reason = reason.code(), "{failure}");
+        self.failure.get_or_insert(failure);
+        self.feed(Input::Abort(reason)).await;
+    }
+
+    async fn take(&mut self, steps: Vec<Step>) {
+        for step in steps {
+            match step {
+                Step::StartMigration => {
+                    if let Err(failure) = self.start().await {
+                        self.failure.get_or_insert(failure);
+                        let refused = self.pilot.feed(Input::Abort(AbortReason::VmmFailedSource)).await;
+                        if let Ok(steps) = refused {
+                            Box::pin(self.take(steps)).await;
+                        }
+                    }
+                }
+                Step::AcceptStream => {}
+                Step::Finished(outcome) => self.outcome = Some(outcome),
+            }
+        }
+    }
+
+    /// Lets QEMU migrate into our socket, and starts the data path.
+    async fn start(&mut self) -> Result<(), Failure> {
+        let qemu = self.guest.reach().await.map_err(qmp_failure)?;
+        let off =
+            ["return-path", "xbzrle", "compress", "multifd", "postcopy-ram", "x-ignore-shared", "x-colo"];
+        let mut capabilities = vec![("events", true), ("late-block-activate", true)];
+        capabilities.extend(off.map(|name| (name, false)));
+        let unknown = qemu.set_capabilities(&capabilities).await.map_err(qmp_failure)?;
+        if unknown.contains(&"events") {
+            let text = "this QEMU does not report the migration's progress (capability events)";
+            return Err(Failure::new("vmm_too_old", Blame::Vmm, text, "use QEMU 2.4 or newer"));
+        }
+        let parameters = Parameters {
+            downtime_limit: Some(self.vmm_limit),
+            max_bandwidth: Some(UNLIMITED),
+            ..Parameters::default()
+        };
+        qemu.set_parameters(&parameters).await.map_err(qmp_failure)?;
+        let run_dir = self.shared.config.state_dir.join("run");
+        let name = format!("{}.out", blake3::hash(self.id.as_str().as_bytes()).to_hex().split_at(16).0);
+        let listener = MigrationListener::bind(&run_dir, &name).map_err(socket_failure)?;
+        qemu.migrate(&listener.uri()).await.map_err(qmp_failure)?;
+        let accepted = async {
+            tokio::select! {
+                stream = listener.accept() => Some(stream),
+                () = failed(&qemu) => None,
+            }
+        };
+        let stream = match timeout(CONNECT, accepted).await {
+            Ok(Some(stream)) => stream.map_err(socket_failure)?,
+            Ok(None) | Err(_) => {
+                let why = qemu.migration().await.ok().and_then(|info| info.error);
+                let text = format!("QEMU did not connect: {}", why.as_deref().unwrap_or("no reason given"));
+                let hint = "check that QEMU may use the agent's state folder";
+                return Err(Failure::new("vmm_failed_source", Blame::Vmm, text, hint));
+            }
+        };
+        let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
+        let Some(data) = self.data.take() else { return Ok(()) };
+        let (out, control) = (self.outgoing.clone(), self.control.clone());
+        let report = self.report.clone();
+        let carry = async move {
+            let read = ingest::ingest(stream, out.session.mode, segments_tx, report);
+            let send = async {
+                match out.session.path {
+                    Path::V3 => chunks::send(out, segments, data).await,
+                    Path::V1 => bytes::send(out, control, segments, data).await,
+                }
+            };
+            tokio::pin!(read, send);
+            tokio::select! {
+                outcome = &mut send => outcome,
+                // The end of the stream: whether it is a good one is the VMM's to say.
+                _ = &mut read => send.await,
+            }
+        };
+        self.transport.spawn(carry.in_current_span());
+        let counters = self.outgoing.counters.clone();
+        self.monitor.spawn(monitor(self.guest.clone(), counters, self.info_tx.clone()));
+        self.report.set(|s| s.phase = Phase::Precopy);
+        self.pilot.note("precopy", "").await;
+        Ok(())
+    }
+
+    async fn control_event(&mut self, event: Event) {
+        match event {
+            Event::Up => {
+                if self.dark_since.take().is_some() {
+                    self.pilot.note("link_up", "").await;
+                }
+                self.feed(Input::Connected).await;
+            }
+            Event::Down(why) => {
+                self.dark_since.get_or_insert_with(Instant::now);
+                self.pilot.note("link_down", why).await;
+            }
+            Event::Message(Body::Signed(signed)) => {
+                self.heard_at = Some(Instant::now());
+                match self.pilot.hear(&signed).await {
+                    Ok(steps) => self.take(steps).await,
+                    Err(text) => self.violation(text).await,
+                }
+            }
+            Event::Message(body) => {
+                self.violation(format!("the peer sent {} out of place", body.kind())).await;
+            }
+            Event::Lost(failure) => self.fail(AbortReason::PeerAborted, failure).await,
+        }
+    }
+
+    async fn qmp_event(&mut self, event: QmpEvent) {
+        match event.kind() {
+            EventKind::Stop if self.stopped_at.is_none() && self.data.is_none() => {
+                // The event's own time is nearer to the truth than its arrival here.
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let migration = self.report.started().elapsed();
+                let age = event.at.and_then(|at| now.checked_sub(at)).filter(|age| *age < migration);
+                self.stopped_at = Instant::now().checked_sub(age.unwrap_or_default());
+                self.report.set(|s| s.phase = s.phase.max(Phase::Switchover));
+                self.pilot.note("switchover", "the guest stopped").await;
+            }
+            EventKind::Resume => {
+                self.stopped_at = None;
+                let back = |p| if p == Phase::Switchover { Phase::Precopy } else { p };
+                self.report.set(|s| s.phase = back(s.phase));
+            }
+            EventKind::Migration(MigrationStatus::Completed) => {
+                self.vmm_done = true;
+                self.whole_if_so().await;
+            }
+            EventKind::Migration(MigrationStatus::Failed | MigrationStatus::Cancelled)
+                if self.outcome.is_none() =>
+            {
+                let why = self.guest.last_error().await;
+                let text =
+                    format!("QEMU's migration failed: {}", why.as_deref().unwrap_or("no reason given"));
+                let hint = AbortReason::VmmFailedSource.advice();
+                self.fail(
+                    AbortReason::VmmFailedSource,
+                    Failure::new("vmm_failed_source", Blame::Vmm, text, hint),
+                )
+                .await;
+            }
+            _ => {}
+        }
+    }
+
+    async fn whole_if_so(&mut self) {
+        if let (Some(transfer), true, false) = (self.transfer, self.vmm_done, self.whole) {
+            self.whole = true;
+            self.report.set(|s| s.phase = Phase::Handover);
+            self.pilot.note("delivered", format!("{} bytes of the VMM's stream", transfer.stream_len)).await;
+            self.feed(Input::Whole(transfer)).await;
+        }
+    }
+
+    async fn transport_failed(&mut self, failure: Failure) {
+        let reason = match failure.blame {
+            Blame::PeerMisbehaving => {
+                self.shared.metrics.byzantine_attempt(&failure.code);
+                AbortReason::Integrity
+            }
+            Blame::Link => AbortReason::LinkLost,
+            Blame::Operator | Blame::PeerIncompatible => AbortReason::PeerAborted,
+            Blame::Vmm => AbortReason::VmmFailedSource,
+            Blame::Local => AbortReason::Resources,
+        };
+        if self.outgoing.session.path == Path::V3 {
+            self.shared.metrics.v3_error(self.outgoing.session.mode, failure.blame);
+        }
+        self.fail(reason, failure).await;
+    }
+
+    /// What the VMM says of its migration.
+    async fn progress(&mut self, info: MigrationInfo) {
+        if let Some(ram) = info.ram {
+            if ram.total > 0 && self.stopped_at.is_none() {
+                let done = 1.0 - ram.remaining as f64 / ram.total as f64;
+                // The last percent is the switchover's.
+                self.fraction = self.fraction.max(done.clamp(0.0, 0.99));
+            }
+            let dirty = ram.dirty_pages_rate as f64 * ram.page_size.max(1) as f64;
+            self.report.progress(self.fraction, ram.remaining, (ram.dirty_sync_count > 1).then_some(dirty));
+        }
+        // An event may have been missed; the state is the truth.
+        if info.status == Some(MigrationStatus::Completed) && !self.vmm_done {
+            self.vmm_done = true;
+            self.whole_if_so().await;
+        }
+    }
+
+    /// Looks at the figures and at the clock.
+    async fn look(&mut self) {
+        self.count();
+        let committed = matches!(self.pilot.phase(), "committed" | "withdrawing" | "source_lost");
+        let in_doubt = committed && self.dark_since.is_some();
+        self.report.set(|s| match (in_doubt, s.phase) {
+            (true, Phase::Handover) => s.phase = Phase::InDoubt,
+            (false, Phase::InDoubt) => s.phase = Phase::Handover,
+            _ => {}
+        });
+        self.shared.count_unresolved();
+        if let Some(since) = self.dark_since {
+            let stopped = self.stopped_at.is_some();
+            let patience = if stopped { SWITCHOVER_PATIENCE } else { PRECOPY_PATIENCE };
+            if since.elapsed() > patience && self.outcome.is_none() && !committed {
+                self.dark_since = None;
+                let text = format!("the link to the destination was lost for {} s", patience.as_secs());
+                let hint = AbortReason::LinkLost.advice();
+                self.fail(AbortReason::LinkLost, Failure::new("link_lost", Blame::Link, text, hint)).await;
+            }
+        }
+    }
+
+    /// Brings the metrics up to what was carried.
+    fn count(&mut self) {
+        let counters = &self.outgoing.counters;
+        let (raw, guest) = (counters.raw.load(), counters.guest.load());
+        let metrics = &self.shared.metrics;
+        match self.outgoing.session.path {
+            Path::V1 => metrics.v1_carried(raw - self.carried.0),
+            Path::V3 => {
+                metrics.v3_carried(self.outgoing.session.mode, raw - self.carried.0, guest - self.carried.1);
+            }
+        }
+        self.carried = (raw, guest);
+        self.report.refresh();
+    }
+
+    async fn finish(&mut self) {
+        self.transport.abort_all();
+        self.monitor.abort_all();
+        self.count();
+        let alarms = self.pilot.alarms.join(", ");
+        match self.outcome {
+            Some(Outcome::Moved) => {
+                let downtime =
+                    self.stopped_at.zip(self.heard_at).map(|(from, to)| to.saturating_duration_since(from));
+                self.report.downtime(
+                    downtime,
+                    "from the source's STOP event to the arrival of the destination's report that the guest runs: an \
+                     upper bound, too long by at most one way of the network",
+                );
+                self.report.end(Phase::Completed, None);
+            }
+            Some(Outcome::Aborted(reason)) => {
+                let failure = self.failure.take().unwrap_or_else(|| {
+                    Failure::new(
+                        reason.code(),
+                        Blame::Vmm,
+                        format!("the migration was aborted: {reason}"),
+                        format!(
+                            "{}; `dwcpctl explain {}` at {} may tell more",
+                            reason.advice(),
+                            self.id,
+                            self.outgoing.session.peer.node()
+                        ),
+                    )
+                });
+                self.report.end(Phase::Aborted, Some(failure));
+            }
+            Some(Outcome::Lost) | None => {
+                let text = format!(
+                    "the guest started at the destination, or may have, and its VMM is gone ({alarms})"
+                );
+                let hint = "the source's VMM still holds the guest as it was at the handover; look at both nodes before you run it";
+                self.report.end(Phase::Failed, Some(Failure::new("guest_lost", Blame::Vmm, text, hint)));
+            }
+        }
+        // QMP serves one client a socket; the guest is somebody else's business now.
+        self.guest.release();
+        let status = self.report.status();
+        self.in_flight = None;
+        self.shared.metrics.ended(&status);
+        self.pilot.note("ended", status.status.clone()).await;
+    }
+}
+
+/// Waits until QEMU says that its migration has failed.
+async fn failed(qemu: &Qemu) {
+    loop {
+        sleep(TICK).await;
+        let status = qemu.migration().await.ok().and_then(|info| info.status);
+        if status == Some(MigrationStatus::Failed) {
+            return;
+        }
+    }
+}
+
+/// Asks the VMM how far it is. A task of its own: while QEMU writes the last of its stream it holds the lock that QMP needs, so
+/// an answer may have to wait for the very data path that the migration's task serves.
+async fn monitor(guest: Arc<Guest>, counters: Arc<Counters>, info: mpsc::Sender<MigrationInfo>) {
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = 0.0;
+    loop {
+        tick.tick().await;
+        // How fast the last round will really go: what the link carries, counted in the VMM's bytes.
+        let ratio = counters.raw.load() as f64 / counters.wire.load().max(1) as f64;
+        let rate = counters.rate.load() as f64 * ratio;
+        if rate > 0.0 && (rate / told - 1.0).abs() > TELL_RATE {
+            told = rate;
+            let parameters =
+                Parameters { avail_switchover_bandwidth: Some(rate as u64), ..Parameters::default() };
+            let outcome = match guest.reach().await {
+                Ok(qemu) => qemu.set_parameters(&parameters).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = outcome {
+                debug!(%error, "the measured rate was not told to QEMU");
+            }
+        }
+        if let Ok(qemu) = guest.reach().await
+            && let Ok(answer) = qemu.migration().await
+            && info.send(answer).await.is_err()
+        {
+            return;
+        }
+    }
+}
+
+fn ended() -> Failure {
+    Failure::new("ended", Blame::Local, "the control connection's task ended", "please report this")
+}
+
+fn socket_failure(error: dwcp_vmm::socket::SocketError) -> Failure {
+    Failure::new("socket", Blame::Local, error.to_string(), "check [state_dir] and its permissions")
+}
+
+/// True once the agent has been stopping for so long that what has not ended will not end now.
+pub(crate) async fn closing(shared: &Shared) -> bool {
+    loop {
+        sleep(TICK).await;
+        if shared.closing_for() > GRACE {
+            return true;
+        }
+    }
+}
