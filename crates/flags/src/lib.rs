@@ -6,7 +6,7 @@
 //! ```
 //!
 //! - [`FlagDocument`]: what the operator wrote, or a server served.
-//! - [`bucket`]: where a node stands in a percentage.
+//! - [`bucket()`]: where a node stands in a percentage.
 //! - [`Lease`]: for how long an answer of a server holds.
 //! - [`FlagState`]: what this node knows at the moment. It starts in v1, and what it read from its disk can only restrict.
 //! - [`Reason`]: the decision with its cause; the path follows from it, so the two cannot differ.
