@@ -242,7 +242,7 @@ impl Link {
         let admission = lock(&self.receiver).admit(header.header());
         let admission = admission.map_err(|v| ReadError::Attack(attack(v.kind(), &v)))?;
         let guard =
-            NotArrived { receiver: &self.receiver, seq: (admission == Admission::Take).then_some(seq) };
+            Admitted { receiver: &self.receiver, seq: (admission == Admission::Take).then_some(seq) };
         let mut payload = BytesMut::with_capacity(len);
         let mut limited = tokio::io::AsyncReadExt::take(&mut *reader, len as u64);
         while payload.len() < len {
@@ -250,7 +250,6 @@ impl Link {
                 return Err(WireError::Closed.into());
             }
         }
-        guard.arrived();
         self.incoming.counters.wire.add((SIGNED_HEADER_LEN + dwcp_proto::frame::HEAD_LEN + len) as u64);
         if admission == Admission::Duplicate {
             return Ok(());
@@ -270,23 +269,26 @@ impl Link {
                 }
             })
             .await;
-        self.events.send(LinkEvent::Chunk(seq, result)).await.map_err(|_| ReadError::Over)
+        // This task may be ended in each wait above; only what is in the queue is sure to be judged.
+        self.events.send(LinkEvent::Chunk(seq, result)).await.map_err(|_| ReadError::Over)?;
+        guard.handed_on();
+        Ok(())
     }
 }
 
-/// Takes an admission back when the payload did not arrive whole: the chunk will come again on another connection.
-struct NotArrived<'a> {
+/// Takes an admission back when its copy is not handed on: the connection is lost, and the chunk comes again on another.
+struct Admitted<'a> {
     receiver: &'a Mutex<Receiver>,
     seq: Option<Seq>,
 }
 
-impl NotArrived<'_> {
-    fn arrived(mut self) {
+impl Admitted<'_> {
+    fn handed_on(mut self) {
         self.seq = None;
     }
 }
 
-impl Drop for NotArrived<'_> {
+impl Drop for Admitted<'_> {
     fn drop(&mut self) {
         if let Some(seq) = self.seq {
             lock(self.receiver).refused(seq);
