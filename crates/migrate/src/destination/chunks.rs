@@ -241,8 +241,7 @@ impl Link {
         let (seq, len) = (header.header().seq, header.header().wire_len as usize);
         let admission = lock(&self.receiver).admit(header.header());
         let admission = admission.map_err(|v| ReadError::Attack(attack(v.kind(), &v)))?;
-        let guard =
-            Admitted { receiver: &self.receiver, seq: (admission == Admission::Take).then_some(seq) };
+        let guard = Admitted { receiver: &self.receiver, seq: (admission == Admission::Take).then_some(seq) };
         let mut payload = BytesMut::with_capacity(len);
         let mut limited = tokio::io::AsyncReadExt::take(&mut *reader, len as u64);
         while payload.len() < len {
