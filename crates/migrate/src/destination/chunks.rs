@@ -32,6 +32,9 @@ use crate::handshake::Arrival;
 use crate::pool::Share;
 use crate::wire::{Frame, WireError, read_frame};
 
+/// Refused chunks named in one acknowledgement: 256 take some 4 KiB of the 16 KiB that a control message may have.
+const MAX_WANTED: usize = 256;
+
 /// What became of a payload.
 enum Decoded {
     Stream(Vec<u8>),
@@ -138,7 +141,11 @@ fn attack(kind: &str, error: &dyn std::error::Error) -> Failure {
 fn wanted(receiver: &Mutex<Receiver>, refusals: &HashMap<Seq, u32>) -> Vec<Refusal> {
     let receiver = lock(receiver);
     let lacking = refusals.iter().filter(|(seq, _)| receiver.lacks(**seq));
-    lacking.map(|(seq, times)| Refusal { seq: seq.0, times: *times }).collect()
+    let mut wanted: Vec<_> = lacking.map(|(seq, times)| Refusal { seq: seq.0, times: *times }).collect();
+    // The oldest hold everything else up; the others have their turn in a later acknowledgement.
+    wanted.sort_unstable_by_key(|refusal| refusal.seq);
+    wanted.truncate(MAX_WANTED);
+    wanted
 }
 
 /// Applies everything that is next in order; the transfer once the end was.
