@@ -25,7 +25,7 @@ struct State {
     cuts: AtomicU64,
     /// New connections are reset at once.
     down: AtomicBool,
-    /// Bytes passed on, both ways.
+    /// Bytes read to be passed on, both ways.
     passed: AtomicU64,
     ended: AtomicBool,
 }
@@ -58,7 +58,7 @@ impl Relay {
         self.address
     }
 
-    /// Bytes that it passed on so far, both ways.
+    /// Bytes that it took to pass on so far, both ways.
     pub fn passed(&self) -> u64 {
         self.state.passed.load(Ordering::SeqCst)
     }
@@ -121,12 +121,13 @@ impl State {
             if read == 0 {
                 return to.shutdown(std::net::Shutdown::Write);
             }
+            // Counted first: who has read a byte finds it counted.
+            self.passed.fetch_add(read as u64, Ordering::SeqCst);
             let mut rest = &buffer[..read];
             while !rest.is_empty() {
                 let written = self.patiently(cuts, || to.write(rest))?;
                 rest = &rest[written..];
             }
-            self.passed.fetch_add(read as u64, Ordering::SeqCst);
         }
     }
 
