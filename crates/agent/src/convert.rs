@@ -303,9 +303,9 @@ pub(crate) fn status(s: Status) -> v1::Status {
 /// The flag's verdict, and where it comes from.
 pub(crate) fn gate(gate: &Gate, from: String) -> v1::Gate {
     v1::Gate {
-        source: gate.source,
-        veto: gate.veto,
-        reason: gate.reason.clone(),
+        source: gate.source.new == dwcp_proto::Path::V3,
+        veto: gate.veto.is_some(),
+        reason: gate.veto.as_ref().unwrap_or(&gate.source.reason).text.clone(),
         from,
         epoch_incarnation: gate.epoch.0,
         epoch_counter: gate.epoch.1,

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dwcp_flags::{
-    Absence, Applied, Conditions, FEATURE, FlagDocument, FlagState, MAX_DOCUMENT, Moment, Scope, Source,
+    Absence, Applied, Conditions, FEATURE, FlagDocument, FlagState, MAX_DOCUMENT, Moment, Reason, Scope,
+    Source,
 };
 use dwcp_migrate::metrics::Metrics;
-use dwcp_migrate::{Blame, Failure, Gate};
+use dwcp_migrate::{Blame, Failure, FlagReason, Gate, Running, Verdict};
 use dwcp_proto::NodeName;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{Notify, watch};
@@ -33,11 +34,11 @@ pub(crate) struct Flag {
 pub(crate) async fn start(flags: &Flags, node: &NodeName) -> Result<Flag, Failure> {
     let look = Arc::new(Notify::new());
     let gate = match &flags.source {
-        FlagSource::None => watch::channel(fixed(node, flags.without)).1,
+        FlagSource::None => watch::channel(fixed(flags.without)).1,
         FlagSource::File(path) => {
             let mut file = FlagFile::new(path, node);
             let first = file.look().await;
-            info!(v3 = first.source, veto = first.veto, reason = %first.reason, "flag read");
+            info!(path = first.source.new.name(), veto = first.veto.is_some(), reason = %first.source.reason.text, "flag read");
             let (sender, gate) = watch::channel(first);
             tokio::spawn(file.follow(sender, Arc::clone(&look)));
             gate
@@ -74,8 +75,8 @@ impl Flag {
         let mut gate = self.gate.clone();
         tokio::spawn(async move {
             loop {
-                let v3 = gate.borrow_and_update().source;
-                metrics.node_path(if v3 { dwcp_proto::Path::V3 } else { dwcp_proto::Path::V1 });
+                let path = gate.borrow_and_update().source.new;
+                metrics.node_path(path);
                 if gate.changed().await.is_err() {
                     return;
                 }
@@ -108,7 +109,8 @@ impl FlagFile {
             }
             let gate = self.look().await;
             if *sender.borrow() != gate {
-                info!(v3 = gate.source, veto = gate.veto, reason = %gate.reason, "the flag changed");
+                let Verdict { new, reason, .. } = &gate.source;
+                info!(path = new.name(), veto = gate.veto.is_some(), reason = %reason.text, "the flag changed");
                 sender.send_replace(gate);
             }
         }
@@ -126,7 +128,8 @@ impl FlagFile {
         }
         let mut gate = verdict(&self.state);
         if let Some(wrong) = &self.wrong {
-            gate.reason = format!("{} ({wrong})", gate.reason);
+            let text = &mut gate.source.reason.text;
+            *text = format!("{text} ({wrong})");
         }
         gate
     }
@@ -157,25 +160,39 @@ async fn read(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The state's verdict on migrations that start now. Neither a file nor `none` has a lease, so the time is no matter.
+/// The state's verdict. Neither a file nor `none` has a lease, so the time is no matter.
 fn verdict(state: &FlagState) -> Gate {
-    let reason = state.decide(Moment::default(), Scope::New, Conditions::default());
+    let decide = |scope| state.decide(Moment::default(), scope, Conditions::default());
     let epoch = state.document().and_then(|document| document.epoch);
+    let running = match decide(Scope::Running).path() {
+        dwcp_flags::Path::V1 => Running::Leave,
+        dwcp_flags::Path::V3 => Running::Keep,
+    };
     Gate {
-        source: reason.path() == dwcp_flags::Path::V3,
-        veto: state.veto().is_some(),
-        reason: reason.to_string(),
+        source: Verdict { new: path(decide(Scope::New)), running, reason: reason(decide(Scope::New)) },
+        veto: state.veto().map(reason),
         epoch: epoch.map_or((0, 0), |epoch| (epoch.incarnation, epoch.counter)),
     }
 }
 
 /// The gate of a node without a flag. One that is configured for v1 is a v1-only node, as a destination too.
-fn fixed(node: &NodeName, without: Without) -> Gate {
-    let (path, v1_only) = match without {
-        Without::V1 => (dwcp_flags::Path::V1, true),
-        Without::V3 => (dwcp_flags::Path::V3, false),
-    };
-    Gate { veto: v1_only, ..verdict(&FlagState::new(node.as_str(), Source::None(path))) }
+fn fixed(without: Without) -> Gate {
+    let configured = Reason::NoSource(match without {
+        Without::V1 => dwcp_flags::Path::V1,
+        Without::V3 => dwcp_flags::Path::V3,
+    });
+    Gate::fixed(path(configured), reason(configured))
+}
+
+fn path(reason: Reason) -> dwcp_proto::Path {
+    match reason.path() {
+        dwcp_flags::Path::V1 => dwcp_proto::Path::V1,
+        dwcp_flags::Path::V3 => dwcp_proto::Path::V3,
+    }
+}
+
+fn reason(reason: Reason) -> FlagReason {
+    FlagReason { code: reason.code(), text: reason.to_string() }
 }
 
 #[cfg(test)]
@@ -188,6 +205,10 @@ mod tests {
         "hv-01".parse().unwrap()
     }
 
+    fn v3(gate: &Gate) -> bool {
+        gate.source.new == dwcp_proto::Path::V3
+    }
+
     fn document(percentage: u8, more: &str) -> String {
         format!(r#"{{"feature":"dwcp_v3_hde","percentage":{percentage},"enabled":true{more}}}"#)
     }
@@ -198,27 +219,27 @@ mod tests {
         let path = dir.path().join("flag.json");
         let mut file = FlagFile::new(&path, &node());
         let gate = file.look().await;
-        assert!(!gate.source && gate.reason.contains("flag.json"), "{gate:?}");
+        assert!(!v3(&gate) && gate.source.reason.text.contains("flag.json"), "{gate:?}");
 
         fs::write(&path, document(100, r#","epoch":{"incarnation":1,"counter":7}"#)).unwrap();
         let on = file.look().await;
-        assert_eq!((on.source, on.veto, on.epoch), (true, false, (1, 7)), "{on:?}");
+        assert_eq!((v3(&on), on.veto.as_ref(), on.epoch), (true, None, (1, 7)), "{on:?}");
 
         fs::write(&path, "{\"percentage\": 10,  # or 0\n}").unwrap();
         let bad = file.look().await;
-        assert!(!bad.source && bad.reason.contains("line 1"), "{bad:?}");
+        assert!(!v3(&bad) && bad.source.reason.text.contains("line 1"), "{bad:?}");
 
         fs::write(&path, document(0, "")).unwrap();
         let off = file.look().await;
-        assert!(!off.source && off.veto, "{off:?}");
+        assert!(!v3(&off) && off.veto.is_some(), "{off:?}");
         // Bad again: what was last known still restricts.
         fs::write(&path, "").unwrap();
-        assert!(file.look().await.veto);
+        assert!(file.look().await.veto.is_some());
 
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
         let gate = file.look().await;
-        assert!(!gate.source && gate.reason.contains("not a regular file"), "{gate:?}");
+        assert!(!v3(&gate) && gate.source.reason.text.contains("not a regular file"), "{gate:?}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -229,18 +250,18 @@ mod tests {
         let flags = Flags { source: FlagSource::File(path.clone()), without: Without::V1 };
         let flag = start(&flags, &node()).await.unwrap();
         let mut gate = flag.gate();
-        assert!(gate.borrow().source);
+        assert!(v3(&gate.borrow()));
         fs::write(&path, document(100, r#","excluded":["hv-01"]"#)).unwrap();
-        let gate = gate.wait_for(|gate| !gate.source).await.unwrap();
-        assert!(gate.veto && gate.reason.contains("excludes"), "{gate:?}");
+        let gate = gate.wait_for(|gate| !v3(gate)).await.unwrap();
+        assert!(gate.veto.as_ref().is_some_and(|veto| veto.text.contains("excludes")), "{gate:?}");
     }
 
     #[tokio::test]
     async fn without_a_source_the_configured_path() {
-        for (without, v3) in [(Without::V1, false), (Without::V3, true)] {
+        for (without, on) in [(Without::V1, false), (Without::V3, true)] {
             let flag = start(&Flags { source: FlagSource::None, without }, &node()).await.unwrap();
             let gate = flag.gate().borrow().clone();
-            assert_eq!((gate.source, gate.veto), (v3, !v3), "{gate:?}");
+            assert_eq!((v3(&gate), gate.veto.is_some()), (on, !on), "{gate:?}");
         }
         let remote = Flags { source: FlagSource::Remote("http://x".to_owned()), without: Without::V3 };
         assert_eq!(start(&remote, &node()).await.unwrap_err().code, "unsupported");

@@ -4,23 +4,73 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use dwcp_proto::NodeKey;
+use dwcp_proto::{NodeKey, Path};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::error::Failure;
 
-/// Whether v3 may be used now, and why; the flag source keeps it up to date.
+/// Whether v3 may be used now, and why. The flag's source keeps it up to date; the engine reads it when a migration is
+/// planned, and watches it while one runs.
+///
+/// | the flag says           | `source.new` | `source.running` | `veto` |
+/// |-------------------------|--------------|------------------|--------|
+/// | this node is in         | v3           | keep; after a while return | none |
+/// | it is not in            | v1           | leave            | none   |
+/// | off, or it is excluded  | v1           | leave            | some   |
+/// | nothing: lease expired  | v1 (`hold`: v3) | keep (`v1-all`: leave) | none |
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gate {
-    /// The flag and its lease allow v3 for this node as a source.
-    pub source: bool,
-    /// This node vetoes v3 as a destination: excluded, or it sees the flag off.
-    pub veto: bool,
-    /// The reason, as `dwcp-flags` words it.
-    pub reason: String,
+    /// What holds for migrations that leave this node.
+    pub source: Verdict,
+    /// Why this node refuses v3 for migrations that come to it, if it does: excluded, or it sees the flag off. It holds
+    /// for new and for running ones.
+    pub veto: Option<FlagReason>,
     /// The flag document's epoch: incarnation and counter.
     pub epoch: (u64, u64),
+}
+
+impl Gate {
+    /// The gate of a node that no flag governs: always this path, in both roles.
+    pub fn fixed(path: Path, reason: FlagReason) -> Self {
+        let (running, veto) = match path {
+            Path::V1 => (Running::Leave, Some(reason.clone())),
+            Path::V3 => (Running::Return, None),
+        };
+        Gate { source: Verdict { new: path, running, reason }, veto, epoch: (0, 0) }
+    }
+}
+
+/// What the flag says to the source of migrations.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// The path of new migrations: v3 where flag and lease allow it.
+    pub new: Path,
+    /// What becomes of running ones.
+    pub running: Running,
+    /// Why `new` is what it is. Where running ones must leave v3, it is for the same reason.
+    pub reason: FlagReason,
+}
+
+/// What the flag says to migrations that run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Running {
+    /// Those on v3 must change to v1, now. [`Return`](Self::Return) follows a second later at the earliest.
+    Leave,
+    /// Each stays on its path: nobody has said that v3 is off, and nobody has said for long enough that it is on.
+    Keep,
+    /// Those on v1 may change to v3: it has been allowed without a break for a time that differs from node to node, so
+    /// that a fleet does not turn as one.
+    Return,
+}
+
+/// Why the flag says what it says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FlagReason {
+    /// Stable, snake_case, one of a fixed set: for metrics, JSON and the wire.
+    pub code: &'static str,
+    /// The same for people.
+    pub text: String,
 }
 
 /// Where v1 may be used.

@@ -9,7 +9,7 @@ use dwcp_hde::HDE_VERSION;
 use dwcp_link::Identity;
 use dwcp_proto::message::{MINOR, Offer};
 use dwcp_proto::negotiate::{MAX_STREAMS, MIN_WINDOW};
-use dwcp_proto::{Codec, MigrationId, SessionId, VmName};
+use dwcp_proto::{Codec, MigrationId, Path, SessionId, VmName};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -105,7 +105,7 @@ impl Shared {
         Ok(look(&registry))
     }
 
-    pub(crate) fn offer(&self, v3: bool, gate: &Gate) -> Offer {
+    fn offer(&self, v3: bool, reason: &str, epoch: (u64, u64)) -> Offer {
         Offer {
             minor_min: MINOR,
             minor_max: MINOR,
@@ -116,27 +116,27 @@ impl Shared {
             },
             v1_plain: self.config.policy.v1_plain,
             v3,
-            v3_reason: gate.reason.chars().filter(|c| !c.is_control()).take(MAX_REASON).collect(),
+            v3_reason: reason.chars().filter(|c| !c.is_control()).take(MAX_REASON).collect(),
             v3_plain: self.config.policy.datacenter_plain,
             codecs: [Codec::Raw, Codec::Lz4, Codec::Zstd].iter().map(|c| 1 << *c as u32).sum(),
             hde: u32::from(HDE_VERSION),
             streams: MAX_STREAMS,
             window: self.config.limits.inflight.max(MIN_WINDOW),
-            epoch_incarnation: gate.epoch.0,
-            epoch_counter: gate.epoch.1,
+            epoch_incarnation: epoch.0,
+            epoch_counter: epoch.1,
         }
     }
 
     /// What this node offers as a source: the flag decides.
     pub(crate) fn offer_as_source(&self) -> Offer {
-        let gate = self.config.gate.borrow().clone();
-        self.offer(gate.source, &gate)
+        let Gate { source, epoch, .. } = self.config.gate.borrow().clone();
+        self.offer(source.new == Path::V3, &source.reason.text, epoch)
     }
 
     /// What this node offers as a destination: v3 unless it vetoes.
     pub(crate) fn offer_as_destination(&self) -> Offer {
-        let gate = self.config.gate.borrow().clone();
-        self.offer(!gate.veto, &gate)
+        let Gate { source, veto, epoch } = self.config.gate.borrow().clone();
+        self.offer(veto.is_none(), &veto.unwrap_or(source.reason).text, epoch)
     }
 
     /// A migration of an earlier life of this agent.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::{Phase, Status};
-use dwcp_migrate::{Engine, EngineConfig, Gate, Limits, Policy};
+use dwcp_migrate::{Engine, EngineConfig, FlagReason, Gate, Limits, Policy};
 use dwcp_proto::handover::Resolution;
 use dwcp_proto::{MigrationId, NodeKey, NodeName, VmName};
 use dwcp_vmm::sim::{Fault, GuestSpec, SimVmm};
@@ -39,7 +39,7 @@ struct Agent {
 
 impl Agent {
     fn start(name: &'static str, seed: u8, dir: &Path) -> Agent {
-        let gate = Gate { source: true, veto: false, reason: "test".into(), epoch: (1, 1) };
+        let gate = Gate::fixed(dwcp_proto::Path::V3, FlagReason { code: "test", text: "test".into() });
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let gate = watch::Sender::new(gate);
         let mut agent = Agent { name, seed, state: dir.join(name), listen, life: None, gate };

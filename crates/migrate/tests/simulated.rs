@@ -11,8 +11,8 @@ use std::time::Duration;
 use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::{Phase, Status};
-use dwcp_migrate::{Engine, EngineConfig, Failure, Gate, Limits, Policy};
-use dwcp_proto::{MigrationId, NodeKey, NodeName, VmName};
+use dwcp_migrate::{Engine, EngineConfig, Failure, FlagReason, Gate, Limits, Policy};
+use dwcp_proto::{MigrationId, NodeKey, NodeName, Path, VmName};
 use dwcp_vmm::sim::{GuestSpec, SimVmm};
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -31,7 +31,8 @@ fn key(name: &str, seed: u8) -> NodeKey {
 }
 
 fn gate(v3: bool) -> Gate {
-    Gate { source: v3, veto: !v3, reason: format!("test says {v3}"), epoch: (1, 1) }
+    let reason = FlagReason { code: "test", text: format!("test says {v3}") };
+    Gate::fixed(if v3 { Path::V3 } else { Path::V1 }, reason)
 }
 
 impl Node {
