@@ -282,14 +282,14 @@ fn place(before: &[u8]) -> (usize, usize) {
     (line, column)
 }
 
-fn is_node_name(name: &str) -> bool {
+pub(crate) fn is_node_name(name: &str) -> bool {
     name.len() <= MAX_NODE_NAME
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
 }
 
 /// Makes a stranger's text safe for one line of a log.
-fn shorten(text: &str) -> String {
+pub(crate) fn shorten(text: &str) -> String {
     let clean = |c: char| if c.is_control() { ' ' } else { c };
     let mut short: String = text.chars().take(MAX_MESSAGE).map(clean).collect();
     if short.len() < text.len() {

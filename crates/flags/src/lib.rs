@@ -9,6 +9,7 @@
 //! - [`bucket()`]: where a node stands in a percentage.
 //! - [`Lease`]: for how long an answer of a server holds.
 //! - [`FlagState`]: what this node knows at the moment. It starts in v1, and what it read from its disk can only restrict.
+//! - [`poll`]: what a node and a flag server say to each other.
 //! - [`Reason`]: the decision with its cause; the path follows from it, so the two cannot differ.
 //!
 //! There is no I/O, no clock and no randomness here: bytes and times come in as arguments.
@@ -16,6 +17,7 @@
 mod bucket;
 mod document;
 mod lease;
+pub mod poll;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,5 @@
 //! Tests of the crate's parts together.
 
 mod document;
+mod poll;
 mod state;
