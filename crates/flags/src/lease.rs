@@ -33,6 +33,16 @@ impl Lease {
         self.age(now).is_some_and(|age| age < self.length)
     }
 
+    /// What is left of the permission at `now`; zero if there is none.
+    pub fn left(&self, now: Moment) -> Duration {
+        self.ends().map_or(Duration::ZERO, |end| end.0.saturating_sub(now.0))
+    }
+
+    /// When the permission ends, or ended; `None` if there was none.
+    pub fn ends(&self) -> Option<Moment> {
+        self.asked.map(|asked| Moment(asked.0 + self.length))
+    }
+
     /// Time since the last confirmed request was sent; `None` if there was none.
     pub fn age(&self, now: Moment) -> Option<Duration> {
         self.asked.map(|asked| now.0.saturating_sub(asked.0))

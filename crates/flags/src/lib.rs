@@ -8,6 +8,9 @@
 //! - [`FlagDocument`]: what the operator wrote, or a server served.
 //! - [`bucket()`]: where a node stands in a percentage.
 //! - [`Lease`]: for how long an answer of a server holds.
+//! - [`ofrep`]: a server that evaluates the flag itself.
+//! - [`Schedule`]: when to poll a server, and at which of its endpoints.
+//! - [`Comeback`]: when migrations that left v3 may return to it.
 //! - [`FlagState`]: what this node knows at the moment. It starts in v1, and what it read from its disk can only restrict.
 //! - [`poll`]: what a node and a flag server say to each other.
 //! - [`Reason`]: the decision with its cause; the path follows from it, so the two cannot differ.
@@ -15,17 +18,22 @@
 //! There is no I/O, no clock and no randomness here: bytes and times come in as arguments.
 
 mod bucket;
+mod comeback;
 mod document;
 mod lease;
+pub mod ofrep;
 pub mod poll;
+mod schedule;
 mod state;
 #[cfg(test)]
 mod tests;
 
 pub use bucket::bucket;
+pub use comeback::Comeback;
 pub use document::{BadDocument, Epoch, Fault, FlagDocument, OnStale, Percentage};
 pub use lease::{LEASE, Lease, Moment};
-pub use state::{Absence, Applied, Conditions, FlagState, Path, Reason, Refusal, Scope, Source};
+pub use schedule::{LONGEST_PAUSE, POLL_TIMEOUT, Schedule};
+pub use state::{Absence, Applied, Conditions, Evaluation, FlagState, Path, Reason, Refusal, Scope, Source};
 
 /// The flag that the agent obeys.
 pub const FEATURE: &str = "dwcp_v3_hde";

@@ -68,6 +68,8 @@ pub enum Reason {
     Disabled,
     /// The flag excludes this node.
     Excluded,
+    /// The flag's server decided by itself, for or against this node.
+    Evaluated(Path),
     /// The flag's server has not confirmed for too long.
     LeaseExpired,
     /// Too many failures on v3.
@@ -96,7 +98,7 @@ impl Reason {
     /// The path that follows.
     pub fn path(self) -> Path {
         match self {
-            Reason::NoSource(path) => path,
+            Reason::NoSource(path) | Reason::Evaluated(path) => path,
             Reason::Canary | Reason::InCohort { .. } => Path::V3,
             Reason::NoAnswer
             | Reason::UnknownFlag
@@ -119,6 +121,8 @@ impl Reason {
             Reason::Malformed => "flag_malformed",
             Reason::Disabled => "flag_disabled",
             Reason::Excluded => "flag_excluded",
+            Reason::Evaluated(Path::V1) => "flag_evaluated_off",
+            Reason::Evaluated(Path::V3) => "flag_evaluated_on",
             Reason::LeaseExpired => "flag_lease_expired",
             Reason::BreakerOpen => "breaker_open",
             Reason::PeerVeto => "peer_veto",
@@ -138,6 +142,7 @@ impl fmt::Display for Reason {
             Reason::Malformed => f.write_str("the flag document cannot be read"),
             Reason::Disabled => f.write_str("the flag is off"),
             Reason::Excluded => f.write_str("the flag excludes this node"),
+            Reason::Evaluated(path) => write!(f, "the flag source has decided on {path}"),
             Reason::LeaseExpired => f.write_str("the flag source has not confirmed for too long"),
             Reason::BreakerOpen => f.write_str("too many failures on v3"),
             Reason::PeerVeto => f.write_str("the other end refuses v3"),
@@ -146,6 +151,17 @@ impl fmt::Display for Reason {
             Reason::NotInCohort { bucket, percentage } => write!(f, "bucket {bucket} is beyond {percentage}"),
         }
     }
+}
+
+/// What a server that evaluates flags itself decided for this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Evaluation {
+    /// v3.
+    On,
+    /// v1, for this node.
+    Off,
+    /// The flag is off for everyone.
+    Disabled,
 }
 
 /// What a new document changed.
@@ -177,6 +193,17 @@ pub enum Refusal {
     NoEpoch,
 }
 
+impl Refusal {
+    /// A stable name for metrics.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Refusal::Lower { .. } => "lower_epoch",
+            Refusal::Equivocal(_) => "equivocal",
+            Refusal::NoEpoch => "no_epoch",
+        }
+    }
+}
+
 /// Why there is no document to go by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Absence {
@@ -197,13 +224,20 @@ impl From<&BadDocument> for Absence {
     }
 }
 
+/// What a source says of the flag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Said {
+    Document(FlagDocument),
+    Evaluation(Evaluation),
+}
+
 /// What this node knows of one flag at the moment.
 #[derive(Debug, Clone)]
 pub struct FlagState {
     node: String,
     source: Source,
     /// What the source said since this process started.
-    live: Result<FlagDocument, Absence>,
+    live: Result<Said, Absence>,
     /// What it said before: it may restrict, and never enables.
     remembered: Option<FlagDocument>,
     /// The highest epoch seen.
@@ -243,8 +277,17 @@ impl FlagState {
             return Ok(Applied::Unchanged);
         }
         self.floor = self.floor.max(document.epoch);
-        self.live = Ok(document);
+        self.live = Ok(Said::Document(document));
         Ok(Applied::Changed)
+    }
+
+    /// The server evaluated the flag itself; the request was sent at `asked`.
+    pub fn evaluated(&mut self, evaluation: Evaluation, asked: Moment) -> Applied {
+        self.confirm(asked);
+        match std::mem::replace(&mut self.live, Ok(Said::Evaluation(evaluation))) {
+            Ok(Said::Evaluation(before)) if before == evaluation => Applied::Unchanged,
+            _ => Applied::Changed,
+        }
     }
 
     /// The server said that nothing has changed; the request was sent at `asked`.
@@ -256,14 +299,30 @@ impl FlagState {
 
     /// The source answered, but not with a document to go by. The last one is not forgotten: it still restricts.
     pub fn withdraw(&mut self, absence: Absence) {
-        if let Ok(document) = std::mem::replace(&mut self.live, Err(absence)) {
+        if let Ok(Said::Document(document)) = std::mem::replace(&mut self.live, Err(absence)) {
             self.remembered = Some(document);
         }
     }
 
-    /// The document in force; `None` if there is none, which means v1.
+    /// The document in force; `None` if there is none, which means v1 unless the server evaluates the flag itself.
     pub fn document(&self) -> Option<&FlagDocument> {
-        self.live.as_ref().ok()
+        match &self.live {
+            Ok(Said::Document(document)) => Some(document),
+            Ok(Said::Evaluation(_)) | Err(_) => None,
+        }
+    }
+
+    /// The lease, where the source is a server.
+    pub fn lease(&self) -> Option<Lease> {
+        match self.source {
+            Source::Server(lease) => Some(lease),
+            Source::None(_) | Source::File => None,
+        }
+    }
+
+    /// When the decision may change although the source says nothing new: the end of a lease that holds at `now`.
+    pub fn next_change(&self, now: Moment) -> Option<Moment> {
+        self.lease().and_then(|lease| lease.ends()).filter(|end| *end > now)
     }
 
     /// Whether this node, as the *source* of a migration, uses v3; the first reason against it decides.
@@ -273,7 +332,12 @@ impl FlagState {
             (_, Err(Absence::NoAnswer)) => Reason::NoAnswer,
             (_, Err(Absence::UnknownFlag)) => Reason::UnknownFlag,
             (_, Err(Absence::Malformed)) => Reason::Malformed,
-            (_, Ok(document)) => self.evaluate(document, now, scope),
+            (_, Ok(Said::Document(document))) => self.evaluate(document, now, scope),
+            (_, Ok(Said::Evaluation(Evaluation::Disabled))) => Reason::Disabled,
+            (_, Ok(Said::Evaluation(Evaluation::Off))) => Reason::Evaluated(Path::V1),
+            (_, Ok(Said::Evaluation(Evaluation::On))) => {
+                self.unless_stale(OnStale::default(), now, scope, Reason::Evaluated(Path::V3))
+            }
         };
         match granted.path() {
             Path::V3 if conditions.breaker_open => Reason::BreakerOpen,
@@ -288,24 +352,40 @@ impl FlagState {
         if matches!(self.source, Source::None(_)) {
             return None;
         }
-        let document = self.document().or(self.remembered.as_ref())?;
-        self.barred(document)
+        match (&self.live, &self.remembered) {
+            (Ok(Said::Evaluation(Evaluation::Disabled)), _) => Some(Reason::Disabled),
+            (Ok(Said::Evaluation(_)), _) => None,
+            (Ok(Said::Document(document)), _) | (Err(_), Some(document)) => self.barred(document),
+            (Err(_), None) => None,
+        }
     }
 
     fn evaluate(&self, document: &FlagDocument, now: Moment, scope: Scope) -> Reason {
         if let Some(reason) = self.barred(document) {
             return reason;
         }
-        if self.is_stale(document, now, scope) {
-            return Reason::LeaseExpired;
-        }
         if document.canaries.contains(&self.node) {
-            return Reason::Canary;
+            return self.unless_stale(document.on_stale, now, scope, Reason::Canary);
         }
         let percentage = document.percentage;
         match bucket(&document.feature, &self.node) {
-            bucket if bucket <= percentage.value() => Reason::InCohort { bucket, percentage },
+            bucket if bucket <= percentage.value() => {
+                self.unless_stale(document.on_stale, now, scope, Reason::InCohort { bucket, percentage })
+            }
             bucket => Reason::NotInCohort { bucket, percentage },
+        }
+    }
+
+    /// Only a permission can be stale. What is v1 anyway keeps its own reason, so that new and running migrations that must
+    /// both take v1 do so for the same one.
+    fn unless_stale(&self, on_stale: OnStale, now: Moment, scope: Scope, granted: Reason) -> Reason {
+        let matters = match (on_stale, scope) {
+            (OnStale::V1New, Scope::New) | (OnStale::V1All, _) => true,
+            (OnStale::V1New, Scope::Running) | (OnStale::Hold, _) => false,
+        };
+        match self.source {
+            Source::Server(lease) if matters && !lease.holds(now) => Reason::LeaseExpired,
+            _ => granted,
         }
     }
 
@@ -317,14 +397,6 @@ impl FlagState {
         } else {
             None
         }
-    }
-
-    fn is_stale(&self, document: &FlagDocument, now: Moment, scope: Scope) -> bool {
-        let matters = match (document.on_stale, scope) {
-            (OnStale::V1New, Scope::New) | (OnStale::V1All, _) => true,
-            (OnStale::V1New, Scope::Running) | (OnStale::Hold, _) => false,
-        };
-        matches!(&self.source, Source::Server(lease) if matters && !lease.holds(now))
     }
 
     fn is_served(&self) -> bool {

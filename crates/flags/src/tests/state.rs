@@ -161,6 +161,39 @@ fn what_an_expired_lease_does_is_in_the_document() {
 }
 
 #[test]
+fn new_and_running_ones_take_v1_for_the_same_reason() {
+    let mut state = served();
+    state.apply(epoch(1, 1, flag(50)), at(0.0)).unwrap();
+    for scope in [Scope::New, Scope::Running] {
+        let reason = state.decide(at(60.0), scope, Conditions::default());
+        assert!(matches!(reason, Reason::NotInCohort { .. }), "{reason:?}");
+    }
+}
+
+#[test]
+fn a_server_may_evaluate_the_flag_itself() {
+    let mut state = served();
+    let decide = |state: &FlagState, scope, now| state.decide(at(now), scope, Conditions::default());
+    assert_eq!(state.evaluated(Evaluation::On, at(0.0)), Applied::Changed);
+    assert_eq!(state.evaluated(Evaluation::On, at(1.0)), Applied::Unchanged);
+    assert_eq!(decide(&state, Scope::New, 3.9), Reason::Evaluated(Path::V3));
+    assert_eq!(decide(&state, Scope::New, 4.0), Reason::LeaseExpired);
+    assert_eq!(decide(&state, Scope::Running, 4.0).path(), Path::V3);
+    assert_eq!(state.next_change(at(1.0)), Some(at(4.0)));
+    assert_eq!(state.next_change(at(4.0)), None);
+
+    state.evaluated(Evaluation::Off, at(5.0));
+    assert_eq!((decide(&state, Scope::Running, 5.0), state.veto()), (Reason::Evaluated(Path::V1), None));
+    state.evaluated(Evaluation::Disabled, at(6.0));
+    assert_eq!(
+        (decide(&state, Scope::Running, 6.0), state.veto()),
+        (Reason::Disabled, Some(Reason::Disabled))
+    );
+    state.withdraw(Absence::UnknownFlag);
+    assert_eq!((decide(&state, Scope::Running, 6.0), state.veto()), (Reason::UnknownFlag, None));
+}
+
+#[test]
 fn a_server_must_not_contradict_itself_and_a_file_may_be_edited() {
     let mut state = served();
     assert_eq!(state.apply(flag(1), at(0.0)), Err(Refusal::NoEpoch));
