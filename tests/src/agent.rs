@@ -49,6 +49,10 @@ pub struct AgentConfig {
     pub datacenter_encryption: &'static str,
     /// `state_dir`; the agent's own folder where `None`.
     pub state_dir: Option<PathBuf>,
+    /// The program: `dwcpd`, or `dwcpd-faulty`, which has fault points.
+    pub program: &'static str,
+    /// Further environment variables.
+    pub env: Vec<(&'static str, String)>,
     /// The network namespace that it runs in: [`crate::Wan::namespace`].
     pub namespace: Option<PathBuf>,
     /// Further lines of TOML, put at the end.
@@ -66,6 +70,8 @@ impl Default for AgentConfig {
             v1_plain: false,
             datacenter_encryption: "tls",
             state_dir: None,
+            program: "dwcpd",
+            env: Vec::new(),
             namespace: None,
             extra: String::new(),
         }
@@ -251,7 +257,8 @@ impl Agent {
             None => Command::new("env"),
         };
         command.args(["setpriv", "--pdeathsig", "KILL"]).args(privileges);
-        command.arg(program("dwcpd")?).arg("--config").arg(config).env("RUST_LOG", "info");
+        command.arg(program(self.config.program)?).arg("--config").arg(config).env("RUST_LOG", "info");
+        command.envs(self.config.env.iter().map(|(name, value)| (name, value)));
         Ok(command)
     }
 
@@ -361,6 +368,19 @@ impl Agent {
         let ended = until("dwcpd to stop", STOP, || Ok(child.try_wait()?));
         self.child = Some(child);
         ended.map(|status| status.code())
+    }
+
+    /// Waits until it has ended by itself, and gives how; `None` while it runs on after `limit`.
+    ///
+    /// # Errors
+    /// It was never started, or has ended before.
+    pub fn ended_within(&mut self, limit: Duration) -> Result<Option<std::process::ExitStatus>> {
+        let child = self.child.as_mut().context("it does not run")?;
+        let ended = until("the agent's end", limit, || Ok(child.try_wait()?)).ok();
+        if ended.is_some() {
+            self.child = None;
+        }
+        Ok(ended)
     }
 
     /// Ends it as a crash would (SIGKILL).

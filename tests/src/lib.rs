@@ -12,7 +12,8 @@
 //!
 //! Call order: [`Scene::kit_or_skip`], [`Scene::new`], [`Watcher::start`], [`Scene::move_guest`], then
 //! [`Qemu::guest_ok_for`] or [`ram::compare`], and [`Watcher::finish`]. A scene is made of [`Qemu::launch`] and
-//! [`Agent::start`], which tests of other shapes use by themselves.
+//! [`Agent::start`], which tests of other shapes use by themselves. A [`SimScene`] has simulated VMMs in the place of
+//! QEMUs, for what is to be done hundreds of times.
 
 mod agent;
 mod guest;
@@ -23,6 +24,8 @@ mod qmp;
 pub mod ram;
 mod relay;
 mod scene;
+mod sim;
+mod sim_scene;
 mod wait;
 mod wan;
 mod watch;
@@ -35,6 +38,8 @@ pub use qemu::{Backing, Qemu, QemuSpec, Role};
 pub use qmp::{Event, Qmp, QmpError};
 pub use relay::Relay;
 pub use scene::{Scene, VM};
+pub use sim::{Sim, SimGuest, SimState, never_both};
+pub use sim_scene::{Ending, SimScene, attempts};
 pub use wait::until;
 pub use wan::{Count, Direction, End, LineProfile, Wan};
 pub use watch::{Moment, Timeline, Watcher};

@@ -57,6 +57,8 @@ pub(crate) fn build_programs() -> Result<()> {
         "--package",
         "dwcpctl",
         "--package",
+        "dwcp-sim",
+        "--package",
         "dwcp-wan",
     ]))
 }

@@ -95,6 +95,11 @@ impl SimVmm {
         self.core.machine().state.clone()
     }
 
+    /// The run state, as it changes.
+    pub fn states(&self) -> watch::Receiver<RunState> {
+        self.core.machine().states.subscribe()
+    }
+
     /// Whether a guest runs here now.
     pub fn is_running(&self) -> bool {
         self.is_alive() && self.run_state() == RunState::Running
