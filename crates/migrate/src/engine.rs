@@ -286,7 +286,7 @@ fn made_id(kind: &str, vm: &VmName) -> Result<MigrationId, Failure> {
 async fn prepare_state_dir(dir: &Path) -> Result<Duration, Failure> {
     let (dir, shown) = (dir.to_owned(), dir.display().to_string());
     let made = tokio::task::spawn_blocking(move || -> io::Result<Duration> {
-        for folder in [dir.clone(), journal::folder(&dir), dir.join("run")] {
+        for folder in [dir.clone(), journal::folder(&dir)] {
             DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         }
         let probe = dir.join(".probe");

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use dwcp_proto::handover::VmmState;
 use dwcp_vmm::qmp::{Event, Events, MigrationStatus, Qemu, QmpConfig, QmpError, RunState};
-use dwcp_vmm::socket::SocketError;
+use dwcp_vmm::socket::{OpenError, SocketError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::time::{sleep, timeout};
@@ -214,6 +214,17 @@ pub(crate) async fn next_event(events: &mut Option<Events>) -> Option<Event> {
 
 fn is_over(status: &MigrationStatus) -> bool {
     status.is_final() || *status == MigrationStatus::None
+}
+
+/// A VMM without a connection for its migration, as an operator meets it.
+pub(crate) fn open_failure(error: OpenError) -> Failure {
+    match error {
+        OpenError::Pair(source) => {
+            let text = format!("no pair of sockets for the migration: {source}");
+            Failure::new("socket", Blame::Local, text, "check the agent's limit of open files")
+        }
+        OpenError::Qmp(error) => qmp_failure(error),
+    }
 }
 
 /// A QMP error as an operator meets it.

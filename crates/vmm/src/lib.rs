@@ -7,7 +7,7 @@
 //!  |  |             preflight       |  VmDescription    |      preflight             ^    |
 //!  |  |             describe -------+-------------------+----> compare               |    |
 //!  |  v                             |                   |                            |    |
-//!  | socket::MigrationListener      |                   |      socket::connect ------'    |
+//!  | socket::open_outgoing          |                   |      socket::open_incoming '    |
 //!  |  |                             |                   |         ^                       |
 //!  |  '-> stream::Cutter -> Segment-+--- other crates --+-> bytes-'                       |
 //!  +--------------------------------+                   +---------------------------------+
@@ -17,8 +17,8 @@
 //! 1. [`qmp::Qemu::connect`] at both ends; [`qmp::Qemu::events`] before anything that causes one.
 //! 2. [`preflight::source`], [`preflight::destination`], and [`preflight::compare`] over both sides'
 //!    [`describe::VmDescription`]s.
-//! 3. The destination stops its VMM and lets it listen ([`qmp::Qemu::incoming`]); [`socket::connect`] reaches it.
-//! 4. The source listens ([`socket::MigrationListener`]) and tells its VMM to migrate there ([`qmp::Qemu::migrate`]).
+//! 3. The destination stops its VMM and opens a connection into it ([`socket::open_incoming`]).
+//! 4. The source opens one out of its VMM ([`socket::open_outgoing`]), which thereby begins to migrate.
 //! 5. [`stream::Cutter`] makes [`Segment`](dwcp_proto::Segment)s of what the source VMM writes; their bytes, in order,
 //!    are what the destination VMM reads.
 //!

@@ -1,10 +1,16 @@
 //! Unix sockets between an agent and the VMM beside it.
+//!
+//! A migration's own socket has no name in the file system: [`open_outgoing`] and [`open_incoming`] make a pair of sockets
+//! and hand one of it to the VMM over QMP. So it does not matter as which user the VMM runs, and nobody else can come to the
+//! guest's memory. Only several connections (multifd) need a path: [`MigrationListener`].
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tokio::net::{UnixListener, UnixStream};
+
+use crate::qmp::{Qemu, QmpError};
 
 /// Bytes of a unix socket's path: what the kernel's `sun_path` holds, less its final zero.
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -68,6 +74,55 @@ impl SocketError {
     }
 }
 
+/// Why a VMM has no connection for its migration.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No pair of sockets could be made.
+    #[error("no pair of sockets; is the limit of open files reached?")]
+    Pair(#[source] io::Error),
+    /// The VMM did not take its end, or does not migrate.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+}
+
+/// The name under which a VMM holds its end until its migration begins.
+const NAME: &str = "dwcp-migration";
+
+/// Lets a VMM migrate into a new connection, whose other end is returned. It goes on in the background.
+pub async fn open_outgoing(qemu: &Qemu) -> Result<UnixStream, OpenError> {
+    let ours = give_end(qemu).await?;
+    let begun = qemu.migrate(&format!("fd:{NAME}")).await;
+    used(qemu, begun).await?;
+    Ok(ours)
+}
+
+/// Lets a VMM that waits in `-incoming defer` read from a new connection, whose other end is returned. Say `stop` first, or
+/// the guest starts by itself.
+pub async fn open_incoming(qemu: &Qemu) -> Result<UnixStream, OpenError> {
+    let ours = give_end(qemu).await?;
+    let begun = qemu.incoming(&format!("fd:{NAME}")).await;
+    used(qemu, begun).await?;
+    Ok(ours)
+}
+
+/// Makes a connection and gives one end of it to the VMM.
+async fn give_end(qemu: &Qemu) -> Result<UnixStream, OpenError> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(OpenError::Pair)?;
+    ours.set_nonblocking(true).map_err(OpenError::Pair)?;
+    let ours = UnixStream::from_std(ours).map_err(OpenError::Pair)?;
+    qemu.give(NAME, theirs.into()).await?;
+    Ok(ours)
+}
+
+/// A VMM that does not use its end must not keep it.
+async fn used(qemu: &Qemu, begun: Result<(), QmpError>) -> Result<(), QmpError> {
+    if begun.is_err() {
+        // It may have taken it before it failed.
+        let _ = qemu.close(NAME).await;
+    }
+    begun
+}
+
 /// Refuses a path that no unix socket can have.
 pub fn check_path(path: &Path) -> Result<(), SocketError> {
     if path.as_os_str().len() > MAX_SOCKET_PATH {
@@ -76,13 +131,13 @@ pub fn check_path(path: &Path) -> Result<(), SocketError> {
     Ok(())
 }
 
-/// Connects to the socket of a VMM: its QMP, or at the destination the one where it waits for its stream.
+/// Connects to the socket of a VMM: its QMP, or one where it waits for its stream.
 pub async fn connect(path: &Path) -> Result<UnixStream, SocketError> {
     check_path(path)?;
     UnixStream::connect(path).await.map_err(|source| SocketError::new(path, source))
 }
 
-/// A listening socket for one migration, to which the source VMM connects. The file goes away with it.
+/// A listening socket for one migration, to which the source VMM connects as often as it likes. The file goes away with it.
 ///
 /// It lies in a folder that only this user may enter, so that no other user reaches the guest's memory. A VMM that
 /// runs as another user needs the listener's owner or group changed by the caller.

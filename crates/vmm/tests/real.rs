@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use dwcp_proto::Segment;
@@ -17,7 +17,7 @@ use dwcp_vmm::preflight::{self, Finding};
 use dwcp_vmm::qmp::{
     Event, EventKind, Events, MigrationStatus, Parameters, Qemu, QmpConfig, QmpError, RunState,
 };
-use dwcp_vmm::socket::{MigrationListener, connect};
+use dwcp_vmm::socket::{MigrationListener, OpenError, open_incoming, open_outgoing};
 use dwcp_vmm::stream::{Cutter, OpaqueReason, Piece, content, pieces, serialise};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -58,10 +58,30 @@ struct Vm {
 
 impl Vm {
     async fn start(kit: &Kit, version: QemuVersion, dir: &Path, name: &str, arguments: &[&str]) -> Self {
+        Self::run(kit.qemu(version), dir, name, arguments).await
+    }
+
+    /// Runs as a user who may not write where root may, only look and read; so it works wherever the laboratory lies.
+    async fn start_as_nobody(
+        kit: &Kit,
+        version: QemuVersion,
+        dir: &Path,
+        name: &str,
+        arguments: &[&str],
+    ) -> Self {
+        let inner = kit.qemu(version);
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+        command.args(["--inh-caps", "-all,+dac_read_search", "--ambient-caps", "+dac_read_search"]);
+        command.arg(inner.get_program()).args(inner.get_args());
+        command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        Self::run(command, dir, name, arguments).await
+    }
+
+    async fn run(mut command: Command, dir: &Path, name: &str, arguments: &[&str]) -> Self {
         let image = dir.join("firmware");
         std::fs::write(&image, firmware()).unwrap();
         let qmp = dir.join(format!("{name}.qmp"));
-        let mut command = kit.qemu(version);
         command.args([
             "-display",
             "none",
@@ -132,6 +152,38 @@ async fn event(events: &mut Events, kind: EventKind) -> Event {
     timeout(LIMIT, awaited).await.unwrap_or_else(|_| panic!("no event {kind:?}"))
 }
 
+/// A VMM that may not use any path of the agent's still migrates, since its socket is handed to it.
+#[tokio::test]
+async fn qemus_of_another_user_migrate_through_sockets_that_they_are_given() {
+    let name = "qemus_of_another_user_migrate_through_sockets_that_they_are_given";
+    let Some(kit) = Kit::or_skip(name) else { return };
+    if !rustix::process::geteuid().is_root() {
+        return dwcp_tests::skip(name, "only root may start a process of another user");
+    }
+    for version in QemuVersion::ALL {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+        std::fs::create_dir(&theirs).unwrap();
+        std::os::unix::fs::chown(&theirs, Some(65534), Some(65534)).unwrap();
+        let a = Vm::start_as_nobody(&kit, version, &theirs, "a", &[]).await;
+        let b = Vm::start_as_nobody(&kit, version, &theirs, "b", &["-incoming", "defer"]).await;
+        let mut events = a.qemu.events();
+        a.qemu.set_capabilities(&[("events", true)]).await.unwrap();
+
+        // By a path it does not work.
+        let listener = MigrationListener::bind(&ours, "out").unwrap();
+        let refused = a.qemu.migrate(&listener.uri()).await;
+        if refused.is_ok() {
+            event(&mut events, EventKind::Migration(MigrationStatus::Failed)).await;
+        }
+        let mut to = open_incoming(&b.qemu).await.unwrap();
+        let mut from = open_outgoing(&a.qemu).await.unwrap();
+        timeout(LIMIT, tokio::io::copy(&mut from, &mut to)).await.unwrap().unwrap();
+        b.is_in(RunState::Running).await;
+        a.is_in(RunState::PostMigrate).await;
+    }
+}
+
 /// The whole test against one version.
 async fn a_guest_moves(kit: Kit, version: QemuVersion) {
     let dir = tempfile::tempdir().unwrap();
@@ -169,16 +221,11 @@ async fn a_guest_moves(kit: Kit, version: QemuVersion) {
 
     b.qemu.stop().await.unwrap();
     assert_eq!(b.qemu.run_state().await.unwrap(), RunState::InMigrate);
-    let incoming = dir.join("in");
-    let uri = format!("unix:{}", incoming.display());
-    b.qemu.incoming(&uri).await.unwrap();
-    assert!(b.qemu.incoming(&uri).await.unwrap_err().is_refusal());
-    assert_eq!(preflight::destination(&b.qemu).await.unwrap(), [Finding::DestinationListens]);
-
-    let listener = MigrationListener::bind(&dir.join("run"), "out").unwrap();
-    a.qemu.migrate(&listener.uri()).await.unwrap();
-    let mut from = listener.accept().await.unwrap();
-    let mut to = connect(&incoming).await.unwrap();
+    let mut to = open_incoming(&b.qemu).await.unwrap();
+    assert!(matches!(open_incoming(&b.qemu).await, Err(OpenError::Qmp(refused)) if refused.is_refusal()));
+    // What was refused left nothing behind.
+    assert!(b.qemu.close("dwcp-migration").await.unwrap_err().is_refusal());
+    let mut from = open_outgoing(&a.qemu).await.unwrap();
     let mut segments: Vec<Segment> = Vec::new();
     let relay = async {
         let mut cutter = Cutter::new(256 << 10);

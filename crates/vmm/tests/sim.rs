@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use dwcp_vmm::qmp::{EventKind, MigrationStatus, Qemu, QmpConfig, QmpError, RunState};
 use dwcp_vmm::sim::{Fault, GuestSpec, SimVmm};
-use dwcp_vmm::socket::{MigrationListener, connect};
+use dwcp_vmm::socket::{MigrationListener, connect, open_incoming, open_outgoing};
 use dwcp_vmm::stream::{Cutter, OpaqueReason, content, serialise};
 use dwcp_vmm::{describe::VmDescription, preflight};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -42,6 +42,13 @@ impl Pair {
 
     /// Migrates through a relay that takes the stream apart and puts it together. True once the relay passed all.
     async fn migrate(&self) -> bool {
+        self.to.stop().await.unwrap();
+        let to = open_incoming(&self.to).await.unwrap();
+        relay(open_outgoing(&self.from).await.unwrap(), to).await
+    }
+
+    /// The same, over sockets that have paths.
+    async fn migrate_over_paths(&self) -> bool {
         let listener = MigrationListener::bind(&self.dir.path().join("run"), "out").unwrap();
         let incoming = self.dir.path().join("in");
         self.to.stop().await.unwrap();
@@ -145,7 +152,7 @@ async fn a_guest_moves_and_never_runs_twice() {
 async fn the_source_can_come_back_from_postmigrate() {
     within(async {
         let pair = Pair::new().await;
-        assert!(pair.migrate().await);
+        assert!(pair.migrate_over_paths().await);
         assert!(pair.source.reaches(RunState::PostMigrate).await);
         assert!(preflight::source(&pair.from, false).await.unwrap()[0].is_fatal());
         pair.from.cont().await.unwrap();
@@ -223,6 +230,8 @@ async fn qemus_refusals_are_the_simulations() {
         assert!(pair.from.incoming(&here(pair.dir.path())).await.unwrap_err().is_refusal());
         assert!(pair.to.migrate(&here(pair.dir.path())).await.unwrap_err().is_refusal());
         assert!(pair.from.migrate("tcp:127.0.0.1:1").await.unwrap_err().is_refusal());
+        assert!(pair.from.migrate("fd:never-given").await.unwrap_err().is_refusal());
+        assert!(pair.from.close("never-given").await.unwrap_err().is_refusal());
         pair.to.incoming(&here(pair.dir.path())).await.unwrap();
         assert!(pair.to.incoming(&here(pair.dir.path())).await.unwrap_err().is_refusal());
         assert_eq!(preflight::destination(&pair.to).await.unwrap(), [preflight::Finding::DestinationListens]);

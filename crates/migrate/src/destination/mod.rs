@@ -28,7 +28,7 @@ use tracing::{Instrument, info, warn};
 use crate::control::{Control, Data, Event, Origin};
 use crate::counters::Counters;
 use crate::error::{Blame, Failure};
-use crate::guest::{Guest, next_event, qmp_failure};
+use crate::guest::{Guest, next_event, open_failure, qmp_failure};
 use crate::handshake::{Arrival, Session};
 use crate::journal::{Journal, WriteError};
 use crate::metrics::{InFlight, Metrics};
@@ -137,7 +137,7 @@ async fn attempt(
         metrics: shared.metrics.clone(),
     };
     let pilot = Pilot::new(machine, journal, session, control, guest.clone());
-    let mut run = Run::new(shared, &id, report, pilot, guest, incoming, acks_tx, rejoins_tx);
+    let mut run = Run::new(shared, report, pilot, guest, incoming, acks_tx, rejoins_tx);
     run.in_flight = Some(in_flight);
     run.drive(events, arrivals, reins).await;
     drop(run);
@@ -154,7 +154,7 @@ pub(crate) async fn resume(
     report: Arc<Report>,
     reins: Reins,
 ) {
-    let Revived { id, session, guest, journal, entries, .. } = revived;
+    let Revived { session, guest, journal, entries, .. } = revived;
     let guest = Arc::new(guest);
     let machine = match Destination::recover(&entries, guest.at_destination().await) {
         Ok(machine) => Machine::Destination(machine),
@@ -175,7 +175,7 @@ pub(crate) async fn resume(
     };
     let known = session.id;
     let pilot = Pilot::new(machine, journal, session, control, guest.clone());
-    let mut run = Run::new(&shared, &id, &report, pilot, guest, incoming, acks_tx, rejoins_tx);
+    let mut run = Run::new(&shared, &report, pilot, guest, incoming, acks_tx, rejoins_tx);
     run.dark_since = Some(Instant::now());
     run.drive(events, arrivals, reins).await;
     drop(run);
@@ -195,7 +195,6 @@ struct Arrived {
 /// The state of a migration that has a session.
 struct Run {
     shared: Arc<Shared>,
-    id: MigrationId,
     report: Arc<Report>,
     pilot: Pilot,
     guest: Arc<Guest>,
@@ -219,7 +218,6 @@ impl Run {
     #[allow(clippy::too_many_arguments, reason = "the parts of one state, made in one place")]
     fn new(
         shared: &Arc<Shared>,
-        id: &MigrationId,
         report: &Arc<Report>,
         pilot: Pilot,
         guest: Arc<Guest>,
@@ -229,7 +227,6 @@ impl Run {
     ) -> Self {
         Run {
             shared: shared.clone(),
-            id: id.clone(),
             report: report.clone(),
             pilot,
             guest,
@@ -375,7 +372,7 @@ impl Run {
         }
     }
 
-    /// Lets QEMU listen, connects to it, and starts the data path.
+    /// Opens a connection into QEMU, and starts the data path.
     async fn start(&mut self) -> Result<(), Failure> {
         let qemu = self.guest.reach().await.map_err(qmp_failure)?;
         let off =
@@ -383,14 +380,7 @@ impl Run {
         let mut capabilities = vec![("events", true), ("late-block-activate", true)];
         capabilities.extend(off.map(|name| (name, false)));
         qemu.set_capabilities(&capabilities).await.map_err(qmp_failure)?;
-        let name = format!("{}.in", blake3::hash(self.id.as_str().as_bytes()).to_hex().split_at(16).0);
-        let path = self.shared.config.state_dir.join("run").join(name);
-        socket::check_path(&path).map_err(socket_failure)?;
-        qemu.incoming(&format!("unix:{}", path.display())).await.map_err(qmp_failure)?;
-        let sink = socket::connect(&path).await.map_err(socket_failure);
-        // QEMU listens for one connection; nobody else needs the name.
-        let _ = std::fs::remove_file(&path);
-        let sink = sink?;
+        let sink = socket::open_incoming(&qemu).await.map_err(open_failure)?;
         let (data_tx, data) = mpsc::channel(ARRIVALS);
         self.data = Some(data_tx);
         let (incoming, end) = (self.incoming.clone(), self.stream_end.subscribe());
@@ -570,10 +560,6 @@ impl Run {
 
 fn ended() -> Failure {
     Failure::new("ended", Blame::Local, "the control connection's task ended", "please report this")
-}
-
-fn socket_failure(error: socket::SocketError) -> Failure {
-    Failure::new("socket", Blame::Local, error.to_string(), "check [state_dir] and its permissions")
 }
 
 /// The VMM does not take its stream any more.

@@ -7,18 +7,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use dwcp_proto::handover::{AbortReason, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::message::Body;
 use dwcp_proto::{MigrationId, Path};
-use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters, Qemu};
-use dwcp_vmm::socket::MigrationListener;
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
+use dwcp_vmm::socket;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{Instrument, debug, warn};
 
 use super::{Outgoing, bytes, cancelled, chunks, ingest};
 use crate::control::{Control, DataEvent, Event};
 use crate::counters::Counters;
 use crate::error::{Blame, Failure};
-use crate::guest::{Guest, next_event, qmp_failure};
+use crate::guest::{Guest, next_event, open_failure, qmp_failure};
 use crate::metrics::InFlight;
 use crate::pilot::{Pilot, Step};
 use crate::reins::{Pull, Reins};
@@ -38,8 +38,6 @@ const SWITCHOVER_PATIENCE: Duration = Duration::from_secs(10);
 const PRECOPY_PATIENCE: Duration = Duration::from_secs(3600);
 /// How long a migration that is asked to end at the agent's stop may take.
 const GRACE: Duration = Duration::from_secs(8);
-/// How long QEMU may take to connect to our socket once it was told to migrate.
-const CONNECT: Duration = Duration::from_secs(10);
 /// No limit, as QEMU understands it: what the agent takes is what bounds it.
 const UNLIMITED: u64 = 1 << 40;
 
@@ -263,25 +261,7 @@ impl Run {
             ..Parameters::default()
         };
         qemu.set_parameters(&parameters).await.map_err(qmp_failure)?;
-        let run_dir = self.shared.config.state_dir.join("run");
-        let name = format!("{}.out", blake3::hash(self.id.as_str().as_bytes()).to_hex().split_at(16).0);
-        let listener = MigrationListener::bind(&run_dir, &name).map_err(socket_failure)?;
-        qemu.migrate(&listener.uri()).await.map_err(qmp_failure)?;
-        let accepted = async {
-            tokio::select! {
-                stream = listener.accept() => Some(stream),
-                () = failed(&qemu) => None,
-            }
-        };
-        let stream = match timeout(CONNECT, accepted).await {
-            Ok(Some(stream)) => stream.map_err(socket_failure)?,
-            Ok(None) | Err(_) => {
-                let why = qemu.migration().await.ok().and_then(|info| info.error);
-                let text = format!("QEMU did not connect: {}", why.as_deref().unwrap_or("no reason given"));
-                let hint = "check that QEMU may use the agent's state folder";
-                return Err(Failure::new("vmm_failed_source", Blame::Vmm, text, hint));
-            }
-        };
+        let stream = socket::open_outgoing(&qemu).await.map_err(open_failure)?;
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
         let Some(data) = self.data.take() else { return Ok(()) };
         let (out, control) = (self.outgoing.clone(), self.control.clone());
@@ -503,17 +483,6 @@ impl Run {
     }
 }
 
-/// Waits until QEMU says that its migration has failed.
-async fn failed(qemu: &Qemu) {
-    loop {
-        sleep(TICK).await;
-        let status = qemu.migration().await.ok().and_then(|info| info.status);
-        if status == Some(MigrationStatus::Failed) {
-            return;
-        }
-    }
-}
-
 /// Asks the VMM how far it is. A task of its own: while QEMU writes the last of its stream it holds the lock that QMP needs, so
 /// an answer may have to wait for the very data path that the migration's task serves.
 async fn monitor(guest: Arc<Guest>, counters: Arc<Counters>, info: mpsc::Sender<MigrationInfo>) {
@@ -548,10 +517,6 @@ async fn monitor(guest: Arc<Guest>, counters: Arc<Counters>, info: mpsc::Sender<
 
 fn ended() -> Failure {
     Failure::new("ended", Blame::Local, "the control connection's task ended", "please report this")
-}
-
-fn socket_failure(error: dwcp_vmm::socket::SocketError) -> Failure {
-    Failure::new("socket", Blame::Local, error.to_string(), "check [state_dir] and its permissions")
 }
 
 /// True once the agent has been stopping for so long that what has not ended will not end now.

@@ -4,14 +4,19 @@
 //! hands each event to every subscriber. Source of the format: QEMU's `docs/interop/qmp-spec.rst`.
 
 use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader, Interest};
+use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -94,6 +99,7 @@ impl Qmp {
             write,
             queue,
             outgoing: Vec::new(),
+            passing: None,
             writable: true,
             pending: HashMap::new(),
             shared: shared.clone(),
@@ -120,6 +126,27 @@ impl Qmp {
         arguments: Value,
         limit: Duration,
     ) -> Result<Value, QmpError> {
+        self.exchange(command, arguments, None, limit).await
+    }
+
+    /// Executes a command that takes a descriptor (`getfd`), which goes along with it (`SCM_RIGHTS` of unix(7)) and is
+    /// closed here.
+    pub async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: OwnedFd,
+    ) -> Result<Value, QmpError> {
+        self.exchange(command, arguments, Some(descriptor), self.config.command).await
+    }
+
+    async fn exchange(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let mut line = json!({ "execute": command, "id": id });
         if !arguments.is_null() {
@@ -129,7 +156,7 @@ impl Qmp {
         line.push(b'\n');
         let (reply, answer) = oneshot::channel();
         let exchange = async {
-            self.requests.send(Request { id, line, reply }).await.ok()?;
+            self.requests.send(Request { id, line, descriptor, reply }).await.ok()?;
             answer.await.ok()
         };
         match timeout(limit, exchange).await {
@@ -242,6 +269,7 @@ impl Subscribers {
 struct Request {
     id: u64,
     line: Vec<u8>,
+    descriptor: Option<OwnedFd>,
     reply: oneshot::Sender<Result<Value, Refusal>>,
 }
 
@@ -259,6 +287,8 @@ struct Link {
     queue: mpsc::Receiver<Request>,
     /// What is left of the command that is being written.
     outgoing: Vec<u8>,
+    /// What goes along with its first byte.
+    passing: Option<OwnedFd>,
     writable: bool,
     pending: HashMap<u64, oneshot::Sender<Result<Value, Refusal>>>,
     shared: Arc<Shared>,
@@ -273,14 +303,18 @@ impl Link {
                     Some(request) => self.take(request),
                     None => Err(Ended::Here),
                 },
-                written = self.write.write(&self.outgoing), if !self.outgoing.is_empty() => match written {
+                written = write(self.write.as_ref(), &self.outgoing, self.passing.as_ref()),
+                    if !self.outgoing.is_empty() => match written
+                {
                     Ok(len) => {
                         self.outgoing.drain(..len);
+                        self.passing = None;
                         Ok(())
                     }
                     // What the VMM said before it went may still be there to read.
                     Err(_) => {
                         self.outgoing.clear();
+                        self.passing = None;
                         self.writable = false;
                         Ok(())
                     }
@@ -309,6 +343,7 @@ impl Link {
         }
         self.pending.insert(request.id, request.reply);
         self.outgoing = request.line;
+        self.passing = request.descriptor;
         Ok(())
     }
 
@@ -339,6 +374,20 @@ impl Link {
     }
 }
 
+/// Writes some of `bytes`, at least one, with `descriptor` along with the first. Cancel safe: what was written is told.
+async fn write(stream: &UnixStream, bytes: &[u8], descriptor: Option<&OwnedFd>) -> io::Result<usize> {
+    let write = || {
+        let descriptors = descriptor.map(AsFd::as_fd);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.as_slice().is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(descriptors.as_slice()));
+        }
+        Ok(sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
+    };
+    stream.async_io(Interest::WRITABLE, write).await
+}
+
 /// Lines of bounded length.
 struct Lines {
     reader: BufReader<OwnedReadHalf>,
@@ -350,7 +399,7 @@ impl Lines {
     async fn next(&mut self) -> Result<Vec<u8>, Ended> {
         loop {
             let available = self.reader.fill_buf().await.map_err(|source| match source.kind() {
-                std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe => Ended::ByVmm,
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => Ended::ByVmm,
                 _ => Ended::Io(Arc::new(source)),
             })?;
             if available.is_empty() {

@@ -1,5 +1,6 @@
 //! The commands that a migration needs.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -108,7 +109,18 @@ impl Qemu {
         Ok(unknown)
     }
 
-    /// Begins an outgoing migration to `uri`, such as `unix:PATH`. It goes on in the background.
+    /// Gives the VMM a descriptor, under a name that a later `fd:NAME` means; a name begins with a letter. One that it has
+    /// under this name already is closed.
+    pub async fn give(&self, name: &str, descriptor: OwnedFd) -> Result<(), QmpError> {
+        self.qmp.execute_with("getfd", json!({ "fdname": name }), descriptor).await.map(|_| ())
+    }
+
+    /// Lets the VMM close a descriptor that it was given and has not used.
+    pub async fn close(&self, name: &str) -> Result<(), QmpError> {
+        self.order("closefd", json!({ "fdname": name })).await
+    }
+
+    /// Begins an outgoing migration to `uri`: `unix:PATH`, or `fd:NAME`. It goes on in the background.
     pub async fn migrate(&self, uri: &str) -> Result<(), QmpError> {
         self.order("migrate", json!({ "uri": uri })).await
     }
@@ -118,7 +130,7 @@ impl Qemu {
         self.order("migrate_cancel", Value::Null).await
     }
 
-    /// Lets a destination that waits in `-incoming defer` listen at `uri`.
+    /// Lets a destination that waits in `-incoming defer` listen at `uri`, or read from `fd:NAME`.
     pub async fn incoming(&self, uri: &str) -> Result<(), QmpError> {
         self.order("migrate-incoming", json!({ "uri": uri })).await
     }

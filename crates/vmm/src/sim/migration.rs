@@ -1,6 +1,7 @@
 //! Migrations of a simulated VMM: out of it and into it.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,15 +21,44 @@ const MAX_ROUNDS: u64 = 30;
 /// Bytes read at once by a destination.
 const READ: usize = 64 << 10;
 
+/// Where a stream goes to or comes from.
+pub(super) enum Connection {
+    /// `unix:`
+    Path(String),
+    /// `fd:`
+    Given(OwnedFd),
+}
+
+impl Connection {
+    async fn open(self) -> io::Result<UnixStream> {
+        match self {
+            Connection::Path(path) => UnixStream::connect(path).await,
+            Connection::Given(descriptor) => adopt(descriptor),
+        }
+    }
+}
+
+/// What an incoming VMM waits at.
+enum Entrance {
+    Listens(UnixListener),
+    Stands(UnixStream),
+}
+
+fn adopt(descriptor: OwnedFd) -> io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(descriptor);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
 /// Begins an outgoing migration, which goes on in a task.
-pub(super) fn begin(core: &Arc<Core>, machine: &mut Machine, path: String) {
+pub(super) fn begin(core: &Arc<Core>, machine: &mut Machine, to: Connection) {
     machine.error = None;
     machine.downtime = None;
     machine.cancel.send_replace(false);
     machine.set_status(MigrationStatus::Setup);
     let task = core.clone();
     tokio::spawn(core.clone().while_alive(async move {
-        let outcome = send(&task, &path).await;
+        let outcome = send(&task, to).await;
         let machine = &mut *task.machine();
         match outcome {
             Ok(()) => {
@@ -58,19 +88,30 @@ pub(super) fn begin(core: &Arc<Core>, machine: &mut Machine, path: String) {
     }));
 }
 
-/// Lets an incoming VMM listen at `path`, for one stream.
-pub(super) fn listen(core: &Arc<Core>, machine: &mut Machine, path: String) -> io::Result<()> {
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(&path)?;
-    machine.listening = Some(path);
+/// Lets an incoming VMM listen at a path or read from a connection, for one stream.
+pub(super) fn listen(core: &Arc<Core>, machine: &mut Machine, from: Connection) -> io::Result<()> {
+    let entrance = match from {
+        Connection::Path(path) => {
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let listener = UnixListener::bind(&path)?;
+            machine.listening = Some(path);
+            Entrance::Listens(listener)
+        }
+        Connection::Given(descriptor) => Entrance::Stands(adopt(descriptor)?),
+    };
+    machine.incoming = true;
     machine.set_status(MigrationStatus::Setup);
     let task = core.clone();
     tokio::spawn(core.clone().while_alive(async move {
-        let outcome = match listener.accept().await {
-            Ok((stream, _)) => receive(&task, stream).await,
+        let stream = match entrance {
+            Entrance::Listens(listener) => listener.accept().await.map(|(stream, _)| stream),
+            Entrance::Stands(stream) => Ok(stream),
+        };
+        let outcome = match stream {
+            Ok(stream) => receive(&task, stream).await,
             Err(error) => Err(error.into()),
         };
         if let Err(error) = outcome {
@@ -93,17 +134,17 @@ impl From<io::Error> for Stopped {
     }
 }
 
-async fn send(core: &Arc<Core>, path: &str) -> Result<(), Stopped> {
+async fn send(core: &Arc<Core>, to: Connection) -> Result<(), Stopped> {
     let mut cancelled = core.machine().cancel.subscribe();
     tokio::select! {
         biased;
         _ = cancelled.wait_for(|cancelled| *cancelled) => Err(Stopped::Cancelled),
-        outcome = send_all(core, path) => outcome.map_err(Stopped::from),
+        outcome = send_all(core, to) => outcome.map_err(Stopped::from),
     }
 }
 
-async fn send_all(core: &Arc<Core>, path: &str) -> io::Result<()> {
-    let mut out = Output { core: core.clone(), stream: UnixStream::connect(path).await?, offset: 0 };
+async fn send_all(core: &Arc<Core>, to: Connection) -> io::Result<()> {
+    let mut out = Output { core: core.clone(), stream: to.open().await?, offset: 0 };
     let began = Instant::now();
     let gone = || io::Error::other("no guest");
     let mut source = {

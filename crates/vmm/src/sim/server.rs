@@ -1,19 +1,23 @@
 //! The QMP server of a simulated VMM.
 
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
-use super::migration;
+use super::migration::{self, Connection};
 use super::stream::MACHINE;
 use super::vmm::{Core, Fault, MAX_UNREAD, Machine};
 use crate::qmp::{MigrationStatus, RunState};
 
 /// Bytes of a command.
-const MAX_COMMAND: u64 = 64 << 10;
+const MAX_COMMAND: usize = 64 << 10;
 
 /// Serves one client after the other, as QEMU does.
 pub(super) async fn serve(core: Arc<Core>, listener: UnixListener) {
@@ -24,15 +28,14 @@ pub(super) async fn serve(core: Arc<Core>, listener: UnixListener) {
     }
 }
 
-async fn converse(core: &Arc<Core>, stream: UnixStream) -> std::io::Result<()> {
+async fn converse(core: &Arc<Core>, stream: UnixStream) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
-    let mut read = BufReader::new(read);
     let version = json!({ "qemu": { "major": 10, "minor": 0, "micro": 2 }, "package": "simulated" });
     let greeting = json!({ "QMP": { "version": version, "capabilities": ["oob"] } });
     write.write_all(format!("{greeting}\r\n").as_bytes()).await?;
     let (client, mut lines) = mpsc::channel(MAX_UNREAD);
     let mut client = Some(client);
-    let mut command = Vec::new();
+    let mut commands = Vec::new();
     loop {
         tokio::select! {
             biased;
@@ -40,27 +43,51 @@ async fn converse(core: &Arc<Core>, stream: UnixStream) -> std::io::Result<()> {
                 Some(line) => write.write_all(format!("{line}\r\n").as_bytes()).await?,
                 None => return Ok(()),
             },
-            read = async { (&mut read).take(MAX_COMMAND).read_until(b'\n', &mut command).await } => {
-                if read? == 0 {
+            received = receive(read.as_ref()) => {
+                let (bytes, descriptor) = received?;
+                if bytes.is_empty() {
                     return Ok(());
                 }
-                if command.ends_with(b"\n") {
+                if descriptor.is_some() {
+                    core.machine().passed = descriptor;
+                }
+                commands.extend(bytes);
+                while let Some(end) = commands.iter().position(|byte| *byte == b'\n') {
+                    let command: Vec<u8> = commands.drain(..=end).collect();
                     // Events reach a client from its first command on; its own end of the channel is the machine's.
                     if let Some(client) = client.take() {
                         core.machine().client = Some(client);
                     }
-                    if let Then::Quit = execute(core, &std::mem::take(&mut command)).await {
+                    if let Then::Quit = execute(core, &command).await {
                         while let Ok(line) = lines.try_recv() {
                             write.write_all(format!("{line}\r\n").as_bytes()).await?;
                         }
                         core.die();
                     }
-                } else if command.len() as u64 >= MAX_COMMAND {
+                }
+                if commands.len() >= MAX_COMMAND {
                     return Ok(());
                 }
             },
         }
     }
+}
+
+/// The next bytes, none at the end, and a descriptor that came with them.
+async fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    let receive = || {
+        let mut bytes = vec![0; 4096];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let got = recvmsg(stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        bytes.truncate(got.bytes);
+        let mut descriptors = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+            _ => None,
+        });
+        Ok((bytes, descriptors.next().and_then(|mut descriptors| descriptors.next())))
+    };
+    stream.async_io(Interest::READABLE, receive).await
 }
 
 async fn execute(core: &Arc<Core>, line: &[u8]) -> Then {
@@ -161,8 +188,19 @@ fn run(core: &Arc<Core>, command: &str, arguments: &Value) -> Outcome {
             machine.emit("SHUTDOWN", json!({ "guest": false, "reason": "host-qmp-quit" }));
             json!({})
         }
+        "getfd" => {
+            let Some(descriptor) = machine.passed.take() else {
+                return refuse("No file descriptor supplied via SCM_RIGHTS");
+            };
+            let name = arguments["fdname"].as_str().unwrap_or_default();
+            machine.descriptors.insert(name.to_owned(), descriptor);
+            json!({})
+        }
+        "closefd" => match machine.descriptors.remove(arguments["fdname"].as_str().unwrap_or_default()) {
+            Some(_) => json!({}),
+            None => return refuse("File descriptor not found"),
+        },
         "migrate" => {
-            let Some(path) = unix_path(arguments) else { return refuse("invalid migration protocol") };
             let busy = machine.status.as_ref().is_some_and(|s| !s.is_final());
             match machine.state {
                 _ if busy => return refuse("There's a migration process in progress"),
@@ -172,7 +210,8 @@ fn run(core: &Arc<Core>, command: &str, arguments: &Value) -> Outcome {
                 }
                 _ => {}
             }
-            migration::begin(core, machine, path);
+            let to = connection(machine, arguments)?;
+            migration::begin(core, machine, to);
             json!({})
         }
         "migrate_cancel" => {
@@ -183,14 +222,14 @@ fn run(core: &Arc<Core>, command: &str, arguments: &Value) -> Outcome {
             json!({})
         }
         "migrate-incoming" => {
-            let Some(path) = unix_path(arguments) else { return refuse("invalid migration protocol") };
             if machine.state != RunState::InMigrate {
                 return refuse("'-incoming' was not specified on the command line");
             }
-            if machine.listening.is_some() {
+            if machine.incoming {
                 return refuse("The incoming migration has already been started");
             }
-            if let Err(error) = migration::listen(core, machine, path) {
+            let from = connection(machine, arguments)?;
+            if let Err(error) = migration::listen(core, machine, from) {
                 return refuse(&format!("Failed to bind socket: {error}"));
             }
             json!({})
@@ -199,8 +238,17 @@ fn run(core: &Arc<Core>, command: &str, arguments: &Value) -> Outcome {
     })
 }
 
-fn unix_path(arguments: &Value) -> Option<String> {
-    arguments["uri"].as_str()?.strip_prefix("unix:").map(str::to_owned)
+fn connection(machine: &mut Machine, arguments: &Value) -> Result<Connection, (&'static str, String)> {
+    let uri = arguments["uri"].as_str().unwrap_or_default();
+    let refuse = |desc: &str| ("GenericError", desc.to_owned());
+    match uri.split_once(':') {
+        Some(("unix", path)) => Ok(Connection::Path(path.to_owned())),
+        Some(("fd", name)) => match machine.descriptors.remove(name) {
+            Some(descriptor) => Ok(Connection::Given(descriptor)),
+            None => Err(refuse(&format!("File descriptor named '{name}' has not been found"))),
+        },
+        _ => Err(refuse("invalid migration protocol")),
+    }
 }
 
 fn query_migrate(machine: &Machine) -> Value {

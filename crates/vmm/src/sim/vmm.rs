@@ -3,6 +3,8 @@
 //! Run states, events and answers are those of QEMU 10.0 as far as a migration needs them; see `tests/sim.rs` and
 //! `tests/real.rs`, which ask both the same.
 
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -155,7 +157,10 @@ impl Core {
 
     pub(super) fn die(&self) {
         self.alive.send_replace(false);
-        self.machine().client = None;
+        let machine = &mut *self.machine();
+        machine.client = None;
+        machine.passed = None;
+        machine.descriptors.clear();
     }
 
     /// Runs a task of this VMM, which ends when the VMM dies.
@@ -180,7 +185,13 @@ pub(super) struct Machine {
     pub(super) client: Option<mpsc::Sender<String>>,
     pub(super) status: Option<MigrationStatus>,
     pub(super) error: Option<String>,
+    /// Whether an incoming migration was begun.
+    pub(super) incoming: bool,
     pub(super) listening: Option<String>,
+    /// The descriptor that came last, with no name yet.
+    pub(super) passed: Option<OwnedFd>,
+    /// Those that have a name and are not yet used.
+    pub(super) descriptors: HashMap<String, OwnedFd>,
     pub(super) progress: Value,
     pub(super) downtime: Option<Duration>,
     /// Whether an incoming guest starts by itself: until `stop`.
@@ -212,7 +223,10 @@ impl Machine {
             client: None,
             status: None,
             error: None,
+            incoming: false,
             listening: None,
+            passed: None,
+            descriptors: HashMap::new(),
             progress: Value::Null,
             downtime: None,
             autostart: true,
