@@ -20,14 +20,10 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 
-use crate::{MAX_DOCUMENT, MAX_NODE_NAME, MAX_NODES};
-
-/// Characters of a message about a document: it may quote the document, which may be anything.
-const MAX_MESSAGE: usize = 200;
+use crate::change::FlagChange;
+use crate::{MAX_DOCUMENT, MAX_NODES};
 
 /// Who may use the feature.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -54,38 +50,16 @@ pub struct FlagDocument {
 impl FlagDocument {
     /// Reads the document of the flag `feature`; one of another flag is refused as unknown.
     pub fn parse(bytes: &[u8], feature: &str) -> Result<Self, BadDocument> {
-        if bytes.len() > MAX_DOCUMENT {
-            return Err(BadDocument { line: 1, column: 1, fault: Fault::TooLarge });
-        }
-        let text = std::str::from_utf8(bytes).map_err(|error| {
-            let (line, column) = place(&bytes[..error.valid_up_to()]);
-            BadDocument { line, column, fault: Fault::Syntax("not UTF-8".into()) }
-        })?;
-        let source = Text(text);
-        let fields: Fields<'_> = serde_json::from_str(text).map_err(|error| source.syntax(&error))?;
-        let document = FlagDocument {
-            feature: source.read(fields.feature, "feature", "a name in quotes")?,
-            enabled: source.read(fields.enabled, "enabled", "true or false")?,
-            percentage: source.read(fields.percentage, "percentage", "a whole number from 0 to 100")?,
-            excluded: source.nodes(fields.excluded, "excluded")?,
-            canaries: source.nodes(fields.canaries, "canaries")?,
-            on_stale: match fields.on_stale {
-                Some(raw) => source.read(raw, "on_stale", r#""v1-new", "v1-all" or "hold""#)?,
-                None => OnStale::default(),
-            },
-            epoch: match fields.epoch {
-                Some(raw) => Some(source.read(
-                    raw,
-                    "epoch",
-                    r#"{"incarnation": N, "counter": N}, each once and from 0 up"#,
-                )?),
-                None => None,
-            },
-        };
-        match document.feature == feature {
-            true => Ok(document),
-            false => Err(source.fault(fields.feature, Fault::UnknownFeature(shorten(&document.feature)))),
-        }
+        let change = FlagChange::parse(bytes, feature)?;
+        Ok(FlagDocument {
+            feature: change.feature,
+            enabled: change.enabled,
+            percentage: change.percentage,
+            excluded: change.excluded.unwrap_or_default(),
+            canaries: change.canaries.unwrap_or_default(),
+            on_stale: change.on_stale.unwrap_or_default(),
+            epoch: change.epoch,
+        })
     }
 
     /// The document as JSON, which [`parse`](Self::parse) reads back as the same.
@@ -195,105 +169,16 @@ pub enum Fault {
         /// What it is.
         found: String,
     },
+    /// A list that must name somebody.
+    #[error("\"{key}\" is empty")]
+    Empty {
+        /// The key.
+        key: &'static str,
+    },
     /// A list with too many entries.
     #[error("\"{key}\" lists more than {MAX_NODES} nodes")]
     TooMany {
         /// The key.
         key: &'static str,
     },
-}
-
-/// The document's values as they stand in it, to be read one by one where their place is known.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Fields<'a> {
-    #[serde(borrow)]
-    feature: &'a RawValue,
-    #[serde(borrow)]
-    enabled: &'a RawValue,
-    #[serde(borrow)]
-    percentage: &'a RawValue,
-    #[serde(borrow)]
-    excluded: Option<&'a RawValue>,
-    #[serde(borrow)]
-    canaries: Option<&'a RawValue>,
-    #[serde(borrow)]
-    on_stale: Option<&'a RawValue>,
-    #[serde(borrow)]
-    epoch: Option<&'a RawValue>,
-}
-
-struct Text<'a>(&'a str);
-
-impl Text<'_> {
-    fn read<T: DeserializeOwned>(
-        &self,
-        raw: &RawValue,
-        key: &'static str,
-        expected: &'static str,
-    ) -> Result<T, BadDocument> {
-        serde_json::from_str(raw.get()).map_err(|_| self.value(raw, key, expected))
-    }
-
-    fn nodes(&self, raw: Option<&RawValue>, key: &'static str) -> Result<BTreeSet<String>, BadDocument> {
-        let Some(raw) = raw else { return Ok(BTreeSet::new()) };
-        let nodes: Vec<&RawValue> =
-            serde_json::from_str(raw.get()).map_err(|_| self.value(raw, key, "a list of node names"))?;
-        if nodes.len() > MAX_NODES {
-            return Err(self.fault(raw, Fault::TooMany { key }));
-        }
-        let read = |raw: &&RawValue| match serde_json::from_str::<String>(raw.get()) {
-            Ok(name) if is_node_name(&name) => Ok(name),
-            _ => {
-                Err(self.value(raw, key, "a list of node names (letters, digits, '.', '_', '-'; at most 64)"))
-            }
-        };
-        nodes.iter().map(read).collect()
-    }
-
-    fn value(&self, raw: &RawValue, key: &'static str, expected: &'static str) -> BadDocument {
-        self.fault(raw, Fault::Value { key, expected, found: shorten(raw.get()) })
-    }
-
-    fn fault(&self, raw: &RawValue, fault: Fault) -> BadDocument {
-        // A raw value is a slice of the text it was read from.
-        let at = (raw.get().as_ptr() as usize).saturating_sub(self.0.as_ptr() as usize).min(self.0.len());
-        let (line, column) = place(&self.0.as_bytes()[..at]);
-        BadDocument { line, column, fault }
-    }
-
-    fn syntax(&self, error: &serde_json::Error) -> BadDocument {
-        let (line, column) = (error.line().max(1), error.column().max(1));
-        let byte = self.0.lines().nth(line - 1).and_then(|text| text.as_bytes().get(column - 1));
-        let message = error.to_string();
-        let place = format!(" at line {} column {}", error.line(), error.column());
-        let fault = match byte {
-            Some(b'#' | b'/') if error.is_syntax() => Fault::Comment,
-            _ => Fault::Syntax(shorten(message.strip_suffix(&place).unwrap_or(&message))),
-        };
-        BadDocument { line, column, fault }
-    }
-}
-
-/// Line and column, from 1, of what follows `before`.
-fn place(before: &[u8]) -> (usize, usize) {
-    let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
-    let column = before.iter().rev().take_while(|byte| **byte != b'\n').count() + 1;
-    (line, column)
-}
-
-pub(crate) fn is_node_name(name: &str) -> bool {
-    name.len() <= MAX_NODE_NAME
-        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
-}
-
-/// Makes a stranger's text safe for one line of a log.
-pub(crate) fn shorten(text: &str) -> String {
-    let clean = |c: char| if c.is_control() { ' ' } else { c };
-    let mut short: String = text.chars().take(MAX_MESSAGE).map(clean).collect();
-    if short.len() < text.len() {
-        short.push_str("...");
-    }
-    short
 }

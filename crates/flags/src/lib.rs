@@ -6,6 +6,7 @@
 //! ```
 //!
 //! - [`FlagDocument`]: what the operator wrote, or a server served.
+//! - [`FlagChange`], [`NodeList`]: what an operator asks a server for.
 //! - [`bucket()`]: where a node stands in a percentage.
 //! - [`Lease`]: for how long an answer of a server holds.
 //! - [`ofrep`]: a server that evaluates the flag itself.
@@ -18,6 +19,7 @@
 //! There is no I/O, no clock and no randomness here: bytes and times come in as arguments.
 
 mod bucket;
+mod change;
 mod comeback;
 mod document;
 mod lease;
@@ -27,8 +29,10 @@ mod schedule;
 mod state;
 #[cfg(test)]
 mod tests;
+mod text;
 
 pub use bucket::bucket;
+pub use change::{FlagChange, NodeList};
 pub use comeback::Comeback;
 pub use document::{BadDocument, Epoch, Fault, FlagDocument, OnStale, Percentage};
 pub use lease::{LEASE, Lease, Moment};

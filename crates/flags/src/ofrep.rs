@@ -12,8 +12,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::MAX_DOCUMENT;
-use crate::document::shorten;
 use crate::state::{Absence, Evaluation};
+use crate::text::shorten;
 
 /// Where the bulk evaluation is, below the server's base URL.
 pub const OFREP_PATH: &str = "/ofrep/v1/evaluate/flags";

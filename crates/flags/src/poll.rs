@@ -26,7 +26,8 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::document::{BadDocument, Epoch, Fault, FlagDocument, is_node_name, shorten};
+use crate::document::{BadDocument, Epoch, Fault, FlagDocument};
+use crate::text::{is_node_name, shorten};
 use crate::{MAX_DOCUMENT, MAX_NODE_NAME, Path};
 
 /// The header of a request that carries a [`SignedReport`].
