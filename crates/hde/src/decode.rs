@@ -35,6 +35,18 @@ pub enum DecodeError {
     Table(#[from] TableError),
 }
 
+impl DecodeError {
+    /// The kind of attack that it would be, for the metric.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            DecodeError::Length { .. } | DecodeError::Frame(_) | DecodeError::Corrupt { .. } => "zip_bomb",
+            DecodeError::Table(TableError::TooMany) => "zip_bomb",
+            DecodeError::Table(TableError::PageIndex | TableError::Block(_)) => "oob_page",
+            DecodeError::Table(_) => "protocol",
+        }
+    }
+}
+
 /// Decodes chunks, one after the other and in any order; each worker has its own.
 pub struct Decoder {
     decompressor: Decompressor,

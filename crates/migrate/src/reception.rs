@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use dwcp_link::Listener;
+use dwcp_proto::message::Purpose;
 use dwcp_proto::{MigrationId, Side, VmName};
 use dwcp_vmm::preflight;
 use tokio::sync::{Semaphore, mpsc};
@@ -67,7 +68,9 @@ impl Shared {
                 }
             }
             Err((joining, failure)) => {
-                self.metrics.byzantine_attempt("sig_forge");
+                // v1's bytes carry no signatures of their own: the join is all that keeps others out.
+                let bytes = joining.join.purpose == Purpose::Bytes as i32;
+                self.metrics.byzantine_attempt(if bytes { "v1_hijack" } else { "sig_forge" });
                 joining.refuse(&failure).await;
             }
         }

@@ -85,7 +85,10 @@ pub(crate) async fn receive(
                         lock(&receiver).refused(seq);
                         acks.send_modify(|ack| ack.refused = wanted(&receiver, &refusals));
                     }
-                    Ok(Decoded::Malformed(error)) => return Err(attack("malformed_chunk", &error)),
+                    Ok(Decoded::Malformed(error)) => {
+                        incoming.metrics.byzantine_attempt(error.kind());
+                        return Err(attack("malformed_chunk", &error));
+                    }
                     Err(_) => {
                         return Err(Failure::new("decode", Blame::Local, "a codec thread failed", "please report this"));
                     }
