@@ -20,6 +20,7 @@ mod destination;
 pub mod engine;
 pub mod error;
 mod explain;
+mod fault;
 mod guest;
 mod handshake;
 mod journal;

@@ -8,12 +8,14 @@ use std::time::Duration;
 use dwcp_proto::handover::{
     Action, Alarm, Destination, Handled, Input, Outcome, Refused, Resolution, Source, VmmCommand, VmmState,
 };
+use dwcp_proto::journal::Entry;
 use dwcp_proto::message::{Body, Signed};
 use dwcp_proto::{Side, signed};
 use dwcp_vmm::qmp::QmpError;
 use tracing::{debug, error, info, warn};
 
 use crate::control::Control;
+use crate::fault::fault_point;
 use crate::guest::Guest;
 use crate::handshake::Session;
 use crate::journal::Journal;
@@ -152,31 +154,31 @@ impl Pilot {
         let mut steps = Vec::new();
         while let Some(action) = self.machine.poll_action() {
             let outcome = match action {
-                Action::Journal(entry) => Some(match self.journal.append(entry).await {
-                    Ok(took) => {
-                        self.slowest_write = self.slowest_write.max(took);
-                        Input::Journaled
-                    }
-                    Err(error) => {
-                        error!(%error, "journal not written");
-                        Input::JournalFailed
-                    }
-                }),
+                Action::Journal(entry) => Some(self.write(entry).await),
                 Action::Send(message) => {
+                    fault_point!("before", "send", &message);
                     let session = &self.session;
                     let signed = signed::sign(&session.key, session.side, &session.id, &message);
                     self.control.say(Body::Signed(signed)).await;
+                    fault_point!("after", "send", &message);
                     None
                 }
                 Action::Vmm(VmmCommand::StartMigration) => {
+                    fault_point!("before", "vmm", &VmmCommand::StartMigration);
                     steps.push(Step::StartMigration);
                     None
                 }
                 Action::Vmm(VmmCommand::AcceptStream) => {
+                    fault_point!("before", "vmm", &VmmCommand::AcceptStream);
                     steps.push(Step::AcceptStream);
                     None
                 }
-                Action::Vmm(command) => self.command(command).await,
+                Action::Vmm(command) => {
+                    fault_point!("before", "vmm", &command);
+                    let outcome = self.command(command).await;
+                    fault_point!("after", "vmm", &command);
+                    outcome
+                }
                 Action::Alarm(alarm) => {
                     self.alarm(alarm);
                     None
@@ -193,6 +195,22 @@ impl Pilot {
             }
         }
         steps
+    }
+
+    async fn write(&mut self, entry: Entry) -> Input {
+        fault_point!("before", "journal", &entry);
+        let outcome = self.journal.append(entry.clone()).await;
+        fault_point!("after", "journal", &entry);
+        match outcome {
+            Ok(took) => {
+                self.slowest_write = self.slowest_write.max(took);
+                Input::Journaled
+            }
+            Err(error) => {
+                error!(%error, "journal not written");
+                Input::JournalFailed
+            }
+        }
     }
 
     async fn command(&mut self, command: VmmCommand) -> Option<Input> {
