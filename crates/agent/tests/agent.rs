@@ -373,6 +373,7 @@ peers = "{root}/peers"
             session: SessionId([2; 32]),
             path: "v3".to_owned(),
             started_unix_ms: 1000,
+            vmm: None,
         };
         let entries = [
             Entry::Prepared(Prepared { job, guest_ran: true, on_success: Afterwards::Leave }.into()),

@@ -1,18 +1,18 @@
 //! The VMM beside this agent, in the words of the handover.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dwcp_proto::handover::VmmState;
+use dwcp_proto::journal::Process;
 use dwcp_vmm::qmp::{Event, Events, MigrationStatus, Qemu, QmpConfig, QmpError, RunState};
 use dwcp_vmm::socket::{OpenError, SocketError};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::Pid;
 use tokio::time::{sleep, timeout};
 
 use crate::error::{Blame, Failure};
+use crate::process::Running;
 
 /// How long a VMM whose QMP connection ended may take to end itself.
 const DYING: Duration = Duration::from_secs(5);
@@ -24,31 +24,33 @@ const LOOK: Duration = Duration::from_millis(20);
 /// A VMM, over one QMP connection after another, and its process.
 pub(crate) struct Guest {
     path: PathBuf,
-    reached: Mutex<Option<Reached>>,
+    state: Mutex<State>,
 }
 
-/// A VMM that was reached.
-#[derive(Clone)]
-struct Reached {
-    /// The connection; `None` once it was given up.
+/// What is known of a VMM.
+#[derive(Default)]
+struct State {
+    /// The connection, if there is one.
     qemu: Option<Qemu>,
-    /// The process, held so that its number cannot come to mean another.
-    process: Option<Arc<OwnedFd>>,
-    /// The process was seen to have ended.
+    /// Its process, if it could be told. Whoever answers at the path later and is another, is not this VMM.
+    process: Option<Running>,
+    /// The process has ended.
     ended: bool,
 }
 
 impl Guest {
     /// Connects to the QMP socket at `path`.
     pub(crate) async fn connect(path: &Path) -> Result<Self, Failure> {
-        let guest = Self::at(path);
+        let guest = Self::at(path, None);
         guest.reach().await.map_err(qmp_failure)?;
         Ok(guest)
     }
 
-    /// A VMM that may be out of reach for now.
-    pub(crate) fn at(path: &Path) -> Self {
-        Guest { path: path.to_owned(), reached: Mutex::new(None) }
+    /// A VMM that may be out of reach for now, or have ended; `known` is its process, as a journal names it.
+    pub(crate) fn at(path: &Path, known: Option<&Process>) -> Self {
+        let process = known.and_then(Running::find);
+        let ended = known.is_some() && process.is_none();
+        Guest { path: path.to_owned(), state: Mutex::new(State { qemu: None, process, ended }) }
     }
 
     /// The QMP socket.
@@ -56,30 +58,44 @@ impl Guest {
         &self.path
     }
 
-    fn reached(&self) -> MutexGuard<'_, Option<Reached>> {
-        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The process, for the journal.
+    pub(crate) fn process(&self) -> Option<Process> {
+        self.state().process.as_ref().map(|process| process.identity().clone())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The VMM, connected to anew if its last connection ended and the process lives.
     pub(crate) async fn reach(&self) -> Result<Qemu, QmpError> {
-        if let Some(reached) = &*self.reached()
-            && let Some(qemu) = &reached.qemu
-            && (qemu.qmp().ended().is_none() || reached.has_ended())
         {
-            return Ok(qemu.clone());
+            let state = &mut *self.state();
+            let ended = state.has_ended();
+            match &state.qemu {
+                Some(qemu) if ended || qemu.qmp().ended().is_none() => return Ok(qemu.clone()),
+                _ if ended => return Err(QmpError::Gone { path: self.path.clone() }),
+                _ => {}
+            }
         }
         let qemu = Qemu::connect(&self.path, QmpConfig::default()).await?;
-        let pid = qemu.qmp().pid().and_then(Pid::from_raw);
-        let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).map(Arc::new);
-        *self.reached() = Some(Reached { qemu: Some(qemu.clone()), process, ended: false });
+        let process = qemu.qmp().pid().and_then(Pid::from_raw).and_then(Running::of);
+        let state = &mut *self.state();
+        match (&state.process, process) {
+            (Some(known), Some(now)) if known.identity() != now.identity() => {
+                state.ended = true;
+                return Err(QmpError::Gone { path: self.path.clone() });
+            }
+            (None, now) => state.process = now,
+            _ => {}
+        }
+        state.qemu = Some(qemu.clone());
         Ok(qemu)
     }
 
     /// Gives the QMP connection up, so that somebody else can have it; a later command makes a new one.
     pub(crate) fn release(&self) {
-        if let Some(reached) = &mut *self.reached() {
-            reached.qemu = None;
-        }
+        self.state().qemu = None;
     }
 
     /// Waits until the process has ended. For ever if that cannot be observed.
@@ -91,13 +107,7 @@ impl Guest {
 
     /// Whether the process is known to have ended.
     pub(crate) fn is_gone(&self) -> bool {
-        match &mut *self.reached() {
-            Some(reached) => {
-                reached.ended |= reached.has_ended();
-                reached.ended
-            }
-            None => false,
-        }
+        self.state().has_ended()
     }
 
     async fn gone_within(&self, limit: Duration) -> bool {
@@ -138,6 +148,7 @@ impl Guest {
         };
         match state {
             Ok(state) => Some(meaning(state)),
+            Err(QmpError::Gone { .. }) => Some(VmmState::Gone),
             Err(QmpError::Closed { .. }) if self.gone_within(DYING).await => Some(VmmState::Gone),
             Err(_) => None,
         }
@@ -195,12 +206,10 @@ impl Guest {
     }
 }
 
-impl Reached {
-    fn has_ended(&self) -> bool {
-        let Some(process) = &self.process else { return self.ended };
-        // A pidfd is readable once its process has ended: pidfd_open(2).
-        let mut fds = [PollFd::new(process, PollFlags::IN)];
-        self.ended || matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
+impl State {
+    fn has_ended(&mut self) -> bool {
+        self.ended |= self.process.as_ref().is_some_and(Running::has_ended);
+        self.ended
     }
 }
 
@@ -243,10 +252,45 @@ pub(crate) fn qmp_failure(error: QmpError) -> Failure {
             ("qmp_busy", Blame::Operator, "give the VM a second -qmp socket for the agent")
         }
         QmpError::NotQmp { .. } => ("qmp_not_qmp", Blame::Operator, "give the path of the VM's QMP socket"),
+        QmpError::Gone { .. } => ("vmm_gone", Blame::Vmm, "look at the VMM's log"),
         QmpError::Closed { .. } => ("qmp_closed", Blame::Vmm, "look at the VMM's log"),
         QmpError::Timeout { .. } => ("qmp_timeout", Blame::Vmm, "look whether the VMM hangs"),
         QmpError::Refused { .. } => ("qmp_refused", Blame::Vmm, "look at the VMM's log"),
         _ => ("qmp_unexpected", Blame::Vmm, "this VMM may be too new or too old for this agent"),
     };
     Failure::new(code, blame, text, hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use dwcp_vmm::sim::{GuestSpec, SimVmm};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn another_process_at_the_same_socket_is_not_the_vmm() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let _vmm = SimVmm::running(&path, GuestSpec { pages: 8, ..GuestSpec::default() }).unwrap();
+        let guest = Guest::connect(&path).await.unwrap();
+        let process = guest.process().unwrap();
+        assert_eq!(process.pid, std::process::id());
+        guest.release();
+        // The next life of the agent finds it again, or one that had the same number.
+        let again = Guest::at(&path, Some(&process));
+        assert_eq!(again.at_source().await, Some(VmmState::Running));
+        again.release();
+        let earlier = Process { started: process.started - 1, ..process };
+        let other = Guest::at(&path, Some(&earlier));
+        assert_eq!(other.at_source().await, Some(VmmState::Gone));
+        assert!(matches!(other.reach().await, Err(QmpError::Gone { .. })));
+        // One that outlived its socket, which somebody else has now.
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let running = Running::of(Pid::from_child(&child)).unwrap();
+        let replaced = Guest::at(&path, Some(running.identity()));
+        assert!(!replaced.is_gone());
+        assert_eq!(replaced.at_destination().await, Some(VmmState::Gone));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }

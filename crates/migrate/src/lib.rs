@@ -27,6 +27,7 @@ mod journal;
 pub mod metrics;
 mod pilot;
 mod pool;
+mod process;
 mod reception;
 mod recovery;
 mod reins;

@@ -93,7 +93,7 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
     let revived = Revived {
         id,
         session: session.clone(),
-        guest: Guest::at(FilePath::new(&job.qmp)),
+        guest: Guest::at(FilePath::new(&job.qmp), job.vmm.as_ref()),
         journal,
         peer_addr: job.peer_addr,
         entries: entries.clone(),

@@ -106,6 +106,20 @@ pub struct Job {
     pub path: String,
     /// When it began, in milliseconds since 1970; for people.
     pub started_unix_ms: u64,
+    /// The VMM's process, where it could be told: whoever else serves that socket later is not this VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<Process>,
+}
+
+/// A process of the machine that writes the journal. Together the three do not come twice.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// When it started, in clock ticks after the boot: the 22nd field of `/proc/PID/stat`.
+    pub started: u64,
+    /// Which boot: `/proc/sys/kernel/random/boot_id`.
+    pub boot: String,
 }
 
 /// The source's first entry.
@@ -403,6 +417,7 @@ mod tests {
             session: SessionId([0xab; 32]),
             path: "v3".into(),
             started_unix_ms: 1,
+            vmm: Some(Process { pid: 7, started: 9, boot: "b".into() }),
         }
     }
 
@@ -493,6 +508,14 @@ mod tests {
         let mut swapped = lines.clone();
         swapped.swap(1, 2);
         assert!(replay(swapped.concat().as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_job_without_what_came_later_is_read() {
+        let older = Job { vmm: None, ..job() };
+        let text = serde_json::to_string(&older).unwrap();
+        assert!(!text.contains("vmm"));
+        assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), older);
     }
 
     #[test]

@@ -149,6 +149,7 @@ async fn attempt(
             session: session.id,
             path: session.path.name().to_owned(),
             started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
+            vmm: guest.process(),
         },
         guest_ran,
         on_success: match spec.on_success {

@@ -18,6 +18,7 @@ fn job() -> Job {
         session: SessionId([1; 32]),
         path: "v3".into(),
         started_unix_ms: 0,
+        vmm: None,
     }
 }
 

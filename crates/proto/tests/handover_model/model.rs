@@ -55,6 +55,7 @@ impl Model {
             session: SessionId([0; 32]),
             path: "v3".into(),
             started_unix_ms: 0,
+            vmm: None,
         };
         let prepared =
             Prepared { job: job.clone(), guest_ran: setup.guest_ran, on_success: Afterwards::Quit };

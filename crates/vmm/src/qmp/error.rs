@@ -56,6 +56,12 @@ pub enum QmpError {
         /// How long it was waited for.
         after: Duration,
     },
+    /// The VMM that was meant has ended; somebody else may have its socket now.
+    #[error("the VMM at {} has ended", .path.display())]
+    Gone {
+        /// The QMP path.
+        path: PathBuf,
+    },
     /// The VMM refused the command.
     #[error("{command}: {desc}")]
     Refused {
