@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dwcp_link::{Reader, Writer};
 use dwcp_proto::limits::MAX_CONTROL;
-use dwcp_proto::message::{Ack, Body, Ping, Purpose};
+use dwcp_proto::message::{Ack, Body, Ping, Purpose, Switched};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{debug, info};
@@ -49,6 +49,10 @@ pub(crate) enum Event {
 #[derive(Debug, Clone)]
 pub(crate) enum DataEvent {
     Ack(Ack),
+    /// Where the next leg begins.
+    Switched(Switched),
+    /// Why the destination wants no v3; empty if it may be.
+    Veto(String),
     /// The control connection stands again; what was said may have been lost.
     Up,
 }
@@ -157,10 +161,12 @@ impl Server {
             let Server { session, messages, events, .. } = self;
             let attempt = async {
                 match origin {
-                    Origin::Dial(dialler) => match dialler.join(session, Purpose::Control, 0).await {
-                        Ok((reader, writer, _)) => Ok(Some((reader, writer))),
-                        Err(error) => Err(error),
-                    },
+                    Origin::Dial(dialler) => {
+                        match dialler.join(session, &session.leg, Purpose::Control, 0).await {
+                            Ok((reader, writer, ..)) => Ok(Some((reader, writer))),
+                            Err(error) => Err(error),
+                        }
+                    }
                     Origin::Accept(arrivals, state) => match arrivals.recv().await {
                         Some(arrival) => {
                             let ack = state.borrow_and_update().clone();
@@ -252,6 +258,11 @@ async fn next_ack(acks: &mut Option<watch::Receiver<Ack>>, last: Instant) -> Ack
     watched.borrow_and_update().clone()
 }
 
+/// What was said to the data path needs nobody else.
+fn drop_result<E>(_said: Result<(), E>) -> Option<Body> {
+    None
+}
+
 async fn read_all(
     reader: &mut Reader,
     events: &mpsc::Sender<Event>,
@@ -272,13 +283,15 @@ async fn read_all(
                 return Some(WireError::Unexpected { got: "a chunk", expected: "a message" });
             }
         };
+        let body = match (body, data) {
+            // Late words to a data path that has ended are no matter.
+            (Body::Ack(ack), Some(data)) => drop_result(data.send(DataEvent::Ack(ack)).await),
+            (Body::Switched(word), Some(data)) => drop_result(data.send(DataEvent::Switched(word)).await),
+            (Body::Veto(word), Some(data)) => drop_result(data.send(DataEvent::Veto(word.reason)).await),
+            (body, _) => Some(body),
+        };
+        let Some(body) = body else { continue };
         match body {
-            Body::Ack(ack) if data.is_some() => {
-                if let Some(data) = data {
-                    // Late words to a data path that has ended are no matter.
-                    let _ = data.send(DataEvent::Ack(ack)).await;
-                }
-            }
             // A full queue means a peer that asks faster than it reads; the newest question is answered later.
             Body::Ping(ping) => drop(pongs.try_send(ping)),
             Body::Pong(ping) => {

@@ -7,13 +7,13 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dwcp_link::{Identity, ListenOptions, Listener};
 use dwcp_proto::handover::Resolution;
-use dwcp_proto::{MigrationId, Side, VmName};
+use dwcp_proto::{MigrationId, Path, Side, VmName};
 use dwcp_vmm::preflight;
 use tokio::sync::{oneshot, watch};
 use tracing::{Instrument, info_span, warn};
@@ -27,6 +27,7 @@ use crate::pool::Pool;
 use crate::reins::{Order, reins};
 use crate::report::Report;
 use crate::shared::{Entry, Shared, Waiting};
+use crate::source::SwitchOrder;
 use crate::spec::{IncomingSpec, MigrateSpec, Vmm};
 use crate::status::{Explanation, Phase, Role, Status};
 use crate::wire::link_failure;
@@ -40,6 +41,9 @@ pub struct Engine {
 
 /// How long a stop waits for running migrations to end.
 const STOPPING: Duration = Duration::from_secs(20);
+
+/// How long the data path may take to answer an operator.
+const SWITCHING: Duration = Duration::from_secs(2);
 
 impl Engine {
     /// Binds the data listener and makes the state folder ready.
@@ -242,6 +246,24 @@ impl Engine {
         answer.await.map_err(|_| over())?
     }
 
+    /// An operator wants a running migration on this path. Returns what becomes of it; the change itself shows in the status.
+    pub async fn switch(&self, id: &MigrationId, path: Path) -> Result<String, Failure> {
+        let held = self.shared.registry().migrations.get(id).map(|entry| entry.held.clone());
+        let Some(held) = held else {
+            let text = format!("there is no migration {id} here");
+            return Err(Failure::new("unknown_migration", Blame::Operator, text, "see dwcpctl list"));
+        };
+        let cannot = || {
+            let text = format!("migration {id} carries no memory from here now");
+            let hint = "ask the source's agent, between the migration's start and its switchover";
+            Failure::new("no_data_path", Blame::Operator, text, hint)
+        };
+        let (reply, answer) = oneshot::channel();
+        held.switch(SwitchOrder { path, reply }).map_err(|_| cannot())?;
+        let answer = tokio::time::timeout(SWITCHING, answer).await;
+        answer.map_err(|_| cannot())?.map_err(|_| cannot())?
+    }
+
     /// Refuses new work, takes back what has not committed, and lets handovers come to their end; bounded in time.
     pub async fn shutdown(&self) {
         let tasks: Vec<_> = {
@@ -283,7 +305,7 @@ fn made_id(kind: &str, vm: &VmName) -> Result<MigrationId, Failure> {
 }
 
 /// Makes the state folder, and measures a small synced write to it: the first sign of a full or read-only disk.
-async fn prepare_state_dir(dir: &Path) -> Result<Duration, Failure> {
+async fn prepare_state_dir(dir: &FilePath) -> Result<Duration, Failure> {
     let (dir, shown) = (dir.to_owned(), dir.display().to_string());
     let made = tokio::task::spawn_blocking(move || -> io::Result<Duration> {
         for folder in [dir.clone(), journal::folder(&dir)] {

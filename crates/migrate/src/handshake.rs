@@ -4,13 +4,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dwcp_link::{Connection, DialOptions, Identity, Reader, Writer, dial, dial_plain};
+use dwcp_link::{Connection, DialOptions, Gauge, Identity, Reader, Writer, dial, dial_plain};
 use dwcp_proto::message::{
     Body, Challenge, Choice, Confirm, Confirmed, Hello, Join, Joined, Offer, Purpose, Welcome,
 };
 use dwcp_proto::negotiate::permits;
 use dwcp_proto::session::{Transcript, confirm_message, join_message, joined_message};
-use dwcp_proto::{Mode, NodeKey, NodeName, Path, PeerKey, SessionId, Side};
+use dwcp_proto::{Leg, NodeKey, NodeName, Path, PeerKey, SessionId, Side};
 use prost::Message as _;
 
 use crate::error::{Blame, Failure};
@@ -25,9 +25,17 @@ pub(crate) struct Session {
     pub(crate) key: Arc<NodeKey>,
     /// The peer's.
     pub(crate) peer: PeerKey,
-    pub(crate) path: Path,
-    pub(crate) mode: Mode,
-    pub(crate) choice: Choice,
+    /// The leg that it begins with.
+    pub(crate) leg: Leg,
+    /// What both sides offered.
+    pub(crate) offers: Offers,
+}
+
+/// What both sides can do, as they said before the session.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Offers {
+    pub(crate) source: Offer,
+    pub(crate) destination: Offer,
 }
 
 impl Session {
@@ -37,10 +45,10 @@ impl Session {
         key: Arc<NodeKey>,
         peer: PeerKey,
         choice: Choice,
+        offers: Offers,
     ) -> Result<Self, WireError> {
-        let path = Path::from_wire(choice.path).ok_or(WireError::Message)?;
-        let mode = Mode::from_wire(choice.mode).ok_or(WireError::Message)?;
-        Ok(Session { id, side, key, peer, path, mode, choice })
+        let leg = Leg::first(id, choice).ok_or(WireError::Message)?;
+        Ok(Session { id, side, key, peer, leg, offers })
     }
 }
 
@@ -118,20 +126,22 @@ impl Dialler {
         Ok(Met { reader, writer, exporter, peer, hello, welcome_bytes, welcome, rtt })
     }
 
-    /// Joins a further connection to `session`.
+    /// Joins a further connection to `session`, for `leg` where it is to carry data.
     pub(crate) async fn join(
         &self,
         session: &Session,
+        leg: &Leg,
         purpose: Purpose,
         link: u32,
-    ) -> Result<(Reader, Writer, Joined), WireError> {
-        let plain = session.choice.plain && purpose != Purpose::Control;
+    ) -> Result<(Reader, Writer, Joined, Gauge), WireError> {
+        let plain = leg.choice.plain && purpose != Purpose::Control;
+        let number = if purpose == Purpose::Control { 0 } else { leg.number };
         let conn = match plain {
             true => dial_plain(self.addr, &self.options).await,
             false => dial(self.addr, &self.identity, &self.to, &self.options).await,
         }
         .map_err(WireError::Link)?;
-        let exporter = conn.exporter();
+        let (exporter, gauge) = (conn.exporter(), conn.gauge());
         let (mut reader, mut writer) = conn.into_split();
         let binding = match exporter {
             Some(exporter) => exporter,
@@ -144,12 +154,13 @@ impl Dialler {
                 bytes32(&nonce)?
             }
         };
-        let signed = self.key.sign(&join_message(&session.id, purpose, link, &binding));
+        let signed = self.key.sign(&join_message(&session.id, purpose, number, link, &binding));
         let join = Join {
             session: session.id.0.to_vec(),
             purpose: purpose as i32,
             link,
             signature: signed.to_vec(),
+            leg: number,
         };
         write_message(&mut writer, Body::Join(join)).await?;
         let (body, _) = read_message(&mut reader).await?;
@@ -160,7 +171,7 @@ impl Dialler {
         if !session.peer.verify(&message, &signature(&joined.signature)?) {
             return Err(WireError::Refused(forged("joined")));
         }
-        Ok((reader, writer, joined))
+        Ok((reader, writer, joined, gauge))
     }
 }
 
@@ -170,6 +181,7 @@ impl Met {
         mut self,
         key: Arc<NodeKey>,
         choice: Choice,
+        offer: Offer,
     ) -> Result<(Session, Reader, Writer), Failure> {
         let id = Transcript {
             exporter: &self.exporter,
@@ -191,7 +203,9 @@ impl Met {
         if !self.peer.verify(&confirm_message(Side::Destination, &id), &theirs) {
             return Err(forged("confirmed"));
         }
-        let session = Session::new(id, Side::Source, key, self.peer, choice).map_err(WireError::failure)?;
+        let offers = Offers { source: offer, destination: self.welcome.offer.unwrap_or_default() };
+        let session =
+            Session::new(id, Side::Source, key, self.peer, choice, offers).map_err(WireError::failure)?;
         Ok((session, self.reader, self.writer))
     }
 }
@@ -292,10 +306,10 @@ impl Greeted {
         }
         .id();
         let theirs = signature(&theirs).map_err(WireError::failure)?;
+        let source = self.hello.offer.clone().unwrap_or_default();
         let checked = if !self.peer.verify(&confirm_message(Side::Source, &id), &theirs) {
             Err(forged("confirm"))
         } else {
-            let source = self.hello.offer.clone().unwrap_or_default();
             permits(&choice, &source, &offer).map_err(|why| {
                 let text = format!("the source chose what was not offered: {why}");
                 Failure::new(
@@ -311,8 +325,9 @@ impl Greeted {
             return Err(failure);
         }
         let signed = key.sign(&confirm_message(Side::Destination, &id)).to_vec();
-        let session =
-            Session::new(id, Side::Destination, key, self.peer, choice).map_err(WireError::failure)?;
+        let offers = Offers { source, destination: offer };
+        let session = Session::new(id, Side::Destination, key, self.peer, choice, offers)
+            .map_err(WireError::failure)?;
         register(&session);
         write_message(&mut self.writer, Body::Confirmed(Confirmed { signature: signed }))
             .await
@@ -324,7 +339,10 @@ impl Greeted {
 /// A connection that belongs to the session, but was not yet told so.
 pub(crate) struct Arrival {
     pub(crate) purpose: Purpose,
+    pub(crate) leg: u32,
     pub(crate) link: u32,
+    /// Whether it is plain TCP: nothing but the join's signature was proved.
+    pub(crate) plain: bool,
     binding: [u8; 32],
     reader: Reader,
     writer: Writer,
@@ -341,8 +359,8 @@ impl Joining {
         let _ = write_message(&mut self.writer, refusal(failure)).await;
     }
 
-    /// Holds the join against its session: signed by the session's source, over this very connection, which is as
-    /// protected as was agreed.
+    /// Holds the join against its session: signed by the session's source, over this very connection. Whether the connection
+    /// is as protected as was agreed is for its leg to judge: see [`Arrival::belongs`].
     pub(crate) fn authenticate(self: Box<Self>, session: &Session) -> Result<Arrival, (Box<Self>, Failure)> {
         let purpose = Purpose::try_from(self.join.purpose).ok();
         let signed = signature(&self.join.signature).ok();
@@ -350,19 +368,30 @@ impl Joining {
             return Err((self, forged("join")));
         };
         let right_kind = match &self.peer {
-            Some(peer) => peer == &session.peer && (purpose == Purpose::Control || !session.choice.plain),
-            None => session.choice.plain && purpose != Purpose::Control,
+            Some(peer) => peer == &session.peer,
+            None => purpose != Purpose::Control,
         };
-        let message = join_message(&session.id, purpose, self.join.link, &self.binding);
+        let message = join_message(&session.id, purpose, self.join.leg, self.join.link, &self.binding);
         if !right_kind || !session.peer.verify(&message, &signed) {
             return Err((self, forged("join")));
         }
-        let Joining { join, binding, reader, writer, .. } = *self;
-        Ok(Arrival { purpose, link: join.link, binding, reader, writer })
+        let Joining { join, binding, peer, reader, writer } = *self;
+        let plain = peer.is_none();
+        Ok(Arrival { purpose, leg: join.leg, link: join.link, plain, binding, reader, writer })
     }
 }
 
 impl Arrival {
+    /// Whether it is a data connection of this leg, as protected as was agreed.
+    pub(crate) fn belongs(&self, leg: &Leg) -> bool {
+        let purpose = match leg.path {
+            Path::V1 => Purpose::Bytes,
+            Path::V3 => Purpose::Chunks,
+        };
+        let link = self.link < leg.choice.streams;
+        self.leg == leg.number && self.purpose == purpose && link && self.plain == leg.choice.plain
+    }
+
     /// Accepts: the source may go on from `next` and `applied`.
     pub(crate) async fn accept(
         mut self,

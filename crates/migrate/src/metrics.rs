@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use dwcp_proto::path::Cause;
 use dwcp_proto::{Mode, Path};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -98,6 +99,12 @@ struct ByPath {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BySwitch {
+    to: &'static str,
+    cause: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByEnd {
     role: &'static str,
     path: &'static str,
@@ -132,6 +139,7 @@ struct Series {
     downtime: DowntimeHistogram,
     unresolved: Gauge,
     node_path: Family<ByPath, Gauge>,
+    switches: Family<BySwitch, Counter>,
 }
 
 impl Default for Metrics {
@@ -161,6 +169,9 @@ impl Metrics {
                     touch(&s.migrations, ByEnd { role, path, outcome });
                 }
             }
+        }
+        for to in [Path::V1, Path::V3] {
+            Cause::ALL.iter().for_each(|&cause| touch(&s.switches, by_switch(to, cause)));
         }
         let metrics = Metrics(Arc::new(s));
         metrics.node_path(Path::V1);
@@ -212,6 +223,7 @@ impl Metrics {
             s.unresolved
         );
         add!("dwcp_node_path", "1 for the path that new migrations of this node take", s.node_path);
+        add!("dwcp_path_switches", "Changes of path in running migrations, at their source", s.switches);
         let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("dwcp_build", "The agent's build", build);
     }
@@ -289,6 +301,11 @@ impl Metrics {
         for each in [Path::V1, Path::V3] {
             self.0.node_path.get_or_create(&ByPath { path: each.name() }).set(i64::from(each == path));
         }
+    }
+
+    /// A running migration has changed its path.
+    pub fn switched(&self, to: Path, cause: Cause) {
+        self.0.switches.get_or_create(&by_switch(to, cause)).inc();
     }
 
     /// A migration runs until the guard is dropped.
@@ -383,6 +400,10 @@ fn outcome_label(phase: Phase) -> &'static str {
 
 fn by_error(mode: Mode, blame: Blame) -> ByError {
     ByError { mode: mode.name(), blame: blame_label(blame) }
+}
+
+fn by_switch(to: Path, cause: Cause) -> BySwitch {
+    BySwitch { to: to.name(), cause: cause.code() }
 }
 
 fn blame_label(blame: Blame) -> &'static str {

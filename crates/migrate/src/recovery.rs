@@ -8,14 +8,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use dwcp_proto::journal::{Entry, Job};
 use dwcp_proto::message::Choice;
-use dwcp_proto::{MigrationId, Mode, Path, PeerKey, Side};
+use dwcp_proto::{Leg, MigrationId, Mode, Path, PeerKey, Side};
 use tokio::sync::mpsc;
 use tracing::{Instrument, error, info, info_span, warn};
 
 use crate::destination;
 use crate::error::{Blame, Failure};
 use crate::guest::Guest;
-use crate::handshake::Session;
+use crate::handshake::{Offers, Session};
 use crate::journal::{self, Journal};
 use crate::reins::reins;
 use crate::report::Report;
@@ -129,15 +129,11 @@ fn session_of(shared: &Shared, job: &Job, side: Side) -> Result<Session, &'stati
     if !shared.config.peers.roster().trusts(&peer) {
         return Err("its key is no longer in the peers folder");
     }
-    Ok(Session {
-        id: job.session,
-        side,
-        key: shared.config.key.clone(),
-        peer,
-        path: if job.path == Path::V3.name() { Path::V3 } else { Path::V1 },
-        mode: Mode::Internet,
-        choice: Choice::default(),
-    })
+    let path = if job.path == Path::V3.name() { Path::V3 } else { Path::V1 };
+    let choice = Choice { path: path.to_wire(), mode: Mode::Internet.to_wire(), ..Choice::default() };
+    let leg = Leg::first(job.session, choice).ok_or("its path is none")?;
+    let key = shared.config.key.clone();
+    Ok(Session { id: job.session, side, key, peer, leg, offers: Offers::default() })
 }
 
 /// A journal from which no state follows.

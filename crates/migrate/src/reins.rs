@@ -5,6 +5,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{Blame, Failure};
 use crate::pilot::{Pilot, Step};
+use crate::source::SwitchOrder;
 
 /// An operator's decision on its way to the migration's task.
 pub(crate) struct Order {
@@ -19,6 +20,7 @@ pub(crate) struct Order {
 pub(crate) struct Held {
     cancel: watch::Sender<bool>,
     orders: mpsc::Sender<Order>,
+    switches: mpsc::Sender<SwitchOrder>,
 }
 
 /// The task's end.
@@ -26,6 +28,8 @@ pub(crate) struct Held {
 pub(crate) struct Reins {
     cancel: watch::Receiver<bool>,
     orders: mpsc::Receiver<Order>,
+    /// An operator's wishes for a path; the data path takes them.
+    switches: Option<mpsc::Receiver<SwitchOrder>>,
     told: bool,
 }
 
@@ -41,13 +45,20 @@ pub(crate) enum Pull {
 pub(crate) fn reins() -> (Held, Reins) {
     let (cancel, cancelled) = watch::channel(false);
     let (orders, received) = mpsc::channel(1);
-    (Held { cancel, orders }, Reins { cancel: cancelled, orders: received, told: false })
+    let (switches, wishes) = mpsc::channel(1);
+    let held = Held { cancel, orders, switches };
+    (held, Reins { cancel: cancelled, orders: received, switches: Some(wishes), told: false })
 }
 
 impl Held {
     /// Asks the migration to end with the guest at the source.
     pub(crate) fn cancel(&self) {
         self.cancel.send_replace(true);
+    }
+
+    /// Passes an operator's wish for a path on; the order comes back if nobody can follow it.
+    pub(crate) fn switch(&self, order: SwitchOrder) -> Result<(), SwitchOrder> {
+        self.switches.try_send(order).map_err(mpsc::error::TrySendError::into_inner)
     }
 
     /// Passes an operator's decision on; the order comes back if the task has ended.
@@ -57,6 +68,11 @@ impl Held {
 }
 
 impl Reins {
+    /// An operator's wishes for a path, for whoever can follow them; once.
+    pub(crate) fn switches(&mut self) -> Option<mpsc::Receiver<SwitchOrder>> {
+        self.switches.take()
+    }
+
     /// The next pull; a cancel comes once. Cancel safe. Pending for ever once nobody holds them.
     pub(crate) async fn pull(&mut self) -> Pull {
         let told = self.told;

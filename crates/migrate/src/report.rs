@@ -4,13 +4,17 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dwcp_proto::{MigrationId, NodeName, Path, VmName};
+use dwcp_proto::path::Change;
+use dwcp_proto::{Leg, MigrationId, NodeName, Path, VmName};
 use tokio::sync::watch;
 
 use crate::counters::Counters;
 use crate::error::Failure;
 use crate::handshake::Session;
 use crate::status::{Phase, Progress, Role, Status};
+
+/// Reasons that a status holds; a migration that changes its path more often has told enough.
+const MAX_REASONS: usize = 64;
 
 /// See the module.
 #[derive(Debug)]
@@ -107,13 +111,23 @@ impl Report {
     /// The session was agreed on.
     pub(crate) fn session(&self, session: &Session) {
         self.set(|s| {
-            s.path = Some(session.path.name().to_owned());
-            s.mode = (session.path == Path::V3).then(|| session.mode.name().to_owned());
-            let through = if session.path == Path::V3 { "stream" } else { "opaque" };
-            s.source = Some(through.to_owned());
-            s.sink = Some(through.to_owned());
-            s.encryption = Some(if session.choice.plain { "none" } else { "tls" }.to_owned());
-            s.fallback_reasons = session.choice.reasons.clone();
+            on_leg(s, &session.leg);
+            s.fallback_reasons = session.leg.choice.reasons.clone();
+        });
+    }
+
+    /// The data goes on as another leg.
+    pub(crate) fn turned(&self, leg: &Leg, cause: &str, reason: &str) {
+        self.set(|s| {
+            on_leg(s, leg);
+            s.path_switches += 1;
+            if s.fallback_reasons.len() < MAX_REASONS {
+                s.fallback_reasons.push(format!(
+                    "{} from byte {} on: {cause}: {reason}",
+                    leg.path.name(),
+                    leg.from
+                ));
+            }
         });
     }
 
@@ -155,6 +169,23 @@ impl Report {
     }
 }
 
+/// A change of path, as the migration's task records it.
+#[derive(Debug)]
+pub(crate) struct Turned {
+    pub(crate) leg: Leg,
+    pub(crate) change: Change,
+}
+
+fn on_leg(status: &mut Status, leg: &Leg) {
+    let v3 = leg.path == Path::V3;
+    let through = if v3 { "stream" } else { "opaque" };
+    status.path = Some(leg.path.name().to_owned());
+    status.mode = v3.then(|| leg.mode.name().to_owned());
+    status.source = Some(through.to_owned());
+    status.sink = Some(through.to_owned());
+    status.encryption = Some(if leg.choice.plain { "none" } else { "tls" }.to_owned());
+}
+
 fn phase_name(phase: Phase) -> &'static str {
     match phase {
         Phase::Preparing => "preparing",
@@ -170,7 +201,7 @@ fn phase_name(phase: Phase) -> &'static str {
 }
 
 /// This process's anonymous memory (`RssAnon` of proc(5)), bytes; 0 where it cannot be read.
-fn anon_bytes() -> u64 {
+pub(crate) fn anon_bytes() -> u64 {
     let Ok(text) = fs::read_to_string("/proc/self/status") else { return 0 };
     let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
     let kib = line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok());

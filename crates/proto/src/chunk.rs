@@ -281,9 +281,14 @@ pub struct Sealer {
 }
 
 impl Sealer {
-    /// The sealer of a new session.
+    /// The sealer of a session's first leg.
     pub fn new(session: SessionId) -> Self {
-        Sealer { session, next: Seq(0), prev: session.0, end: StreamOffset(0) }
+        Self::from(session, StreamOffset(0))
+    }
+
+    /// The sealer of a leg that begins at `offset` of the VMM's stream.
+    pub fn from(leg: SessionId, offset: StreamOffset) -> Self {
+        Sealer { session: leg, next: Seq(0), prev: leg.0, end: offset }
     }
 
     /// Seals the next chunk of the stream.

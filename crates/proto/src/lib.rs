@@ -7,6 +7,7 @@
 //! | [`frame`], [`message`] | what follows what on a connection; the sequence of a migration |
 //! | [`negotiate`], [`session`] | what both sides agree on, and the id that binds everything signed later to it |
 //! | [`sender`], [`receiver`], [`pace`] | the state machines of path v3 |
+//! | [`leg`], [`path`] | how a running migration changes its path, and when |
 //! | [`units`] | sizes, rates and durations as people write them |
 
 pub mod chunk;
@@ -15,10 +16,12 @@ pub mod handover;
 pub mod identity;
 pub mod ids;
 pub mod journal;
+pub mod leg;
 pub mod limits;
 pub mod message;
 pub mod negotiate;
 pub mod pace;
+pub mod path;
 pub mod receiver;
 pub mod record;
 pub mod sender;
@@ -29,6 +32,7 @@ pub mod units;
 pub use chunk::{ChunkHeader, Codec, EncodedChunk, SealedChunk, Sealer, VerifiedChunk, Verifier};
 pub use identity::{KeyError, NodeKey, PeerKey};
 pub use ids::*;
+pub use leg::Leg;
 pub use negotiate::{Mode, Path};
 pub use record::{BlockNames, Record, Run, Segment};
 pub use session::Side;

@@ -14,6 +14,9 @@
 //!   |                     Joined: where to go on          |  or Refused
 //!   | chunks (v3), or the VMM's bytes as they are (v1)    |
 //!   |              Ack        (on the control connection) |
+//!   | Switch, at any moment: see `leg`                    |
+//!   |                     Switched: from where on         |
+//!   |                     Veto: v3 is not wanted any more |
 //!   | StreamEnd (v1), or a chunk of kind end (v3)         |
 //!   |              Signed(Receipt)                        |
 //!   | Signed(Commit)                                      |
@@ -31,7 +34,7 @@ pub const MINOR: u32 = 0;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Message {
     /// What it says; a body unknown here (a newer peer's) decodes as `None`.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17")]
     pub body: Option<Body>,
 }
 
@@ -77,6 +80,15 @@ pub enum Body {
     /// Gives it.
     #[prost(message, tag = "14")]
     Pong(Ping),
+    /// The data goes on as a new leg.
+    #[prost(message, tag = "15")]
+    Switch(Switch),
+    /// From where on.
+    #[prost(message, tag = "16")]
+    Switched(Switched),
+    /// Whether the destination wants v3 at all.
+    #[prost(message, tag = "17")]
+    Veto(Veto),
 }
 
 /// What one side can and may do. Numbers are the wire's; `negotiate` reads them.
@@ -266,6 +278,9 @@ pub struct Join {
     /// The source's signature: see `session::join_message`.
     #[prost(bytes = "vec", tag = "4")]
     pub signature: Vec<u8>,
+    /// Which leg's data; 0 for the control connection.
+    #[prost(uint32, tag = "5")]
+    pub leg: u32,
 }
 
 /// Accepts a join.
@@ -295,6 +310,9 @@ pub struct Ack {
     /// Chunks that are wanted again.
     #[prost(message, repeated, tag = "3")]
     pub refused: Vec<Refusal>,
+    /// The leg that it speaks of.
+    #[prost(uint32, tag = "4")]
+    pub leg: u32,
 }
 
 /// A chunk is wanted again: its payload did not match its digest.
@@ -311,9 +329,12 @@ pub struct Refusal {
 /// The v1 stream is complete.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct StreamEnd {
-    /// Its length in bytes.
+    /// Its length in bytes, from the stream's very beginning.
     #[prost(uint64, tag = "1")]
     pub length: u64,
+    /// The leg that it ends on.
+    #[prost(uint32, tag = "2")]
+    pub leg: u32,
 }
 
 /// A message of the handover with its author's signature.
@@ -325,6 +346,52 @@ pub struct Signed {
     /// The signature: see `session::handover_message`.
     #[prost(bytes = "vec", tag = "2")]
     pub signature: Vec<u8>,
+}
+
+/// The data goes on as a new leg: on another path, or on the same one from what the destination really holds.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Switch {
+    /// The new leg's number: the present one's, plus 1.
+    #[prost(uint32, tag = "1")]
+    pub leg: u32,
+    /// What holds from there on.
+    #[prost(message, optional, tag = "2")]
+    pub choice: Option<Choice>,
+    /// Why, by the code of `path::Cause`.
+    #[prost(string, tag = "3")]
+    pub cause: String,
+    /// Why, in words.
+    #[prost(string, tag = "4")]
+    pub reason: String,
+    /// The source's signature: see `session::switch_message`.
+    #[prost(bytes = "vec", tag = "5")]
+    pub signature: Vec<u8>,
+}
+
+/// The destination has stopped applying the leg before, and says from where on the new one goes.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Switched {
+    /// The new leg's number.
+    #[prost(uint32, tag = "1")]
+    pub leg: u32,
+    /// The offset in the VMM's stream up to which all was applied.
+    #[prost(uint64, tag = "2")]
+    pub applied: u64,
+    /// The digest of what the leg before carried, 32 bytes; empty if it is not known.
+    #[prost(bytes = "vec", tag = "3")]
+    pub carried: Vec<u8>,
+    /// The destination's signature: see `session::switched_message`.
+    #[prost(bytes = "vec", tag = "4")]
+    pub signature: Vec<u8>,
+}
+
+/// Whether the destination wants v3 at all. State: a later one replaces an earlier one, and each new connection begins with it
+/// where there is a veto.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Veto {
+    /// Why v3 must not be used; empty if it may.
+    #[prost(string, tag = "1")]
+    pub reason: String,
 }
 
 /// A sign of life.
@@ -370,6 +437,9 @@ impl Body {
             Body::Signed(_) => "signed",
             Body::Ping(_) => "ping",
             Body::Pong(_) => "pong",
+            Body::Switch(_) => "switch",
+            Body::Switched(_) => "switched",
+            Body::Veto(_) => "veto",
         }
     }
 }

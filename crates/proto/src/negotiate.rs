@@ -112,6 +112,32 @@ pub enum Impossible {
     BadOffer(&'static str),
 }
 
+/// The choice of a leg that goes on over `path`: what was negotiated at the beginning, but for the flag, which has changed since.
+/// Whether the flag allows v3 now is each side's own to judge.
+///
+/// # Errors
+/// The path is barred by policy, or the two agents share no version of it.
+pub fn choose_again(
+    source: &Offer,
+    destination: &Offer,
+    path: Path,
+    wish: Wish,
+    before: &Choice,
+) -> Result<Choice, Impossible> {
+    let link = Mode::from_wire(before.mode).unwrap_or(Mode::Internet);
+    let (source, destination) =
+        (Offer { v3: true, ..source.clone() }, Offer { v3: true, ..destination.clone() });
+    let choice = choose(&source, &destination, Wish { path: Some(path), ..wish }, link)?;
+    Ok(Choice { guest_runs: before.guest_runs, ..choice })
+}
+
+/// Whether both offers allow the choice of a later leg; the flag is not asked, see [`choose_again`].
+pub fn permits_again(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(), &'static str> {
+    let (source, destination) =
+        (Offer { v3: true, ..source.clone() }, Offer { v3: true, ..destination.clone() });
+    permits(choice, &source, &destination)
+}
+
 /// The smallest window that keeps two chunks in flight.
 pub const MIN_WINDOW: u64 = 2 * MAX_RAW_PAYLOAD as u64;
 
@@ -336,6 +362,23 @@ mod tests {
         assert!(choose(&plain, &plain, Mode::Datacenter));
         assert!(!choose(&plain, &offer(), Mode::Datacenter));
         assert!(!choose(&plain, &plain, Mode::Internet));
+    }
+
+    #[test]
+    fn a_later_leg_stays_within_the_offers_whatever_the_flag_said() {
+        let off = Offer { v3: false, ..offer() };
+        let first = choose(&off, &offer(), Wish::default(), Mode::Internet).unwrap();
+        assert_eq!(path_of(&first), Path::V1);
+        let v3 = choose_again(&off, &offer(), Path::V3, Wish::default(), &first).unwrap();
+        assert_eq!((path_of(&v3), v3.streams), (Path::V3, 4));
+        assert_eq!(permits_again(&v3, &off, &offer()), Ok(()));
+        assert!(permits(&v3, &off, &offer()).is_err());
+        let never = Offer { v1: 0, ..offer() };
+        assert_eq!(
+            choose_again(&never, &offer(), Path::V1, Wish::default(), &v3),
+            Err(Impossible::V1Barred("source"))
+        );
+        assert!(permits_again(&first, &offer(), &never).is_err());
     }
 
     #[test]

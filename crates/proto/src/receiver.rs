@@ -93,12 +93,17 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// The receiver of a session with this window, in bytes.
+    /// The receiver of a session's first leg with this window, in bytes.
     pub fn new(session: SessionId, window: u64) -> Self {
+        Self::from(session, StreamOffset(0), window)
+    }
+
+    /// The receiver of a leg that begins at `offset` of the VMM's stream.
+    pub fn from(leg: SessionId, offset: StreamOffset, window: u64) -> Self {
         Receiver {
             next: Seq(0),
-            applied: StreamOffset(0),
-            prev: session.0,
+            applied: offset,
+            prev: leg.0,
             version: 0,
             waiting: BTreeMap::new(),
             waiting_bytes: 0,
@@ -212,7 +217,12 @@ impl Receiver {
         self.applied
     }
 
-    /// The session's root, once the end was applied.
+    /// The digest of what was applied so far: the hash of the last header, which holds that of the one before.
+    pub fn carried(&self) -> [u8; 32] {
+        self.prev
+    }
+
+    /// The leg's root, once the end was applied.
     pub fn root(&self) -> Option<[u8; 32]> {
         self.ended.then_some(self.prev)
     }

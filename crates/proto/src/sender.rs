@@ -86,6 +86,11 @@ pub struct Sender {
 impl Sender {
     /// A sender that keeps chunks of at most `window` bytes of weight unacknowledged.
     pub fn new(window: u64, pace: Pace) -> Self {
+        Self::from(StreamOffset(0), window, pace)
+    }
+
+    /// The sender of a leg that begins at `offset` of the VMM's stream.
+    pub fn from(offset: StreamOffset, window: u64, pace: Pace) -> Self {
         Sender {
             base: Seq(0),
             entries: VecDeque::new(),
@@ -94,7 +99,7 @@ impl Sender {
             window,
             unacked_weight: 0,
             unacked_wire: 0,
-            applied: StreamOffset(0),
+            applied: offset,
             retransmitted: 0,
             pace,
         }

@@ -6,7 +6,9 @@
 //! or reflected to its author.
 
 use crate::ids::SessionId;
-use crate::message::Purpose;
+use prost::Message as _;
+
+use crate::message::{Purpose, Switch, Switched};
 
 const SESSION: &str = "dwcp 2026-11 session id v3";
 
@@ -55,8 +57,14 @@ pub fn confirm_message(side: Side, session: &SessionId) -> Vec<u8> {
 
 /// What `Join` signs. `binding` is the connection's TLS exporter secret, or the challenge on a plain one: both are this connection's
 /// alone, so no join can be used twice.
-pub fn join_message(session: &SessionId, purpose: Purpose, link: u32, binding: &[u8; 32]) -> Vec<u8> {
-    let numbers = [&(purpose as i32).to_be_bytes()[..], &link.to_be_bytes()].concat();
+pub fn join_message(
+    session: &SessionId,
+    purpose: Purpose,
+    leg: u32,
+    link: u32,
+    binding: &[u8; 32],
+) -> Vec<u8> {
+    let numbers = [&(purpose as i32).to_be_bytes()[..], &leg.to_be_bytes(), &link.to_be_bytes()].concat();
     compose("join", Side::Source, session, &[&numbers, binding])
 }
 
@@ -71,10 +79,16 @@ pub fn handover_message(side: Side, session: &SessionId, body: &[u8]) -> Vec<u8>
     compose("handover", side, session, &[body])
 }
 
-/// What stands for a whole v1 transfer, where nothing was hashed: the session and the stream's length.
-pub fn bytes_root(session: &SessionId, length: u64) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("dwcp 2026-11 v1 root");
-    *hasher.update(&session.0).update(&length.to_be_bytes()).finalize().as_bytes()
+/// What `Switch` signs: all of it but the signature.
+pub fn switch_message(session: &SessionId, switch: &Switch) -> Vec<u8> {
+    let unsigned = Switch { signature: Vec::new(), ..switch.clone() };
+    compose("switch", Side::Source, session, &[&unsigned.encode_to_vec()])
+}
+
+/// What `Switched` signs: all of it but the signature.
+pub fn switched_message(session: &SessionId, switched: &Switched) -> Vec<u8> {
+    let unsigned = Switched { signature: Vec::new(), ..switched.clone() };
+    compose("switched", Side::Destination, session, &[&unsigned.encode_to_vec()])
 }
 
 fn compose(kind: &str, side: Side, session: &SessionId, parts: &[&[u8]]) -> Vec<u8> {
@@ -129,9 +143,14 @@ mod tests {
         let messages = [
             confirm_message(Side::Source, &id),
             confirm_message(Side::Destination, &id),
-            join_message(&id, Purpose::Control, 0, &bind),
-            join_message(&id, Purpose::Chunks, 0, &bind),
-            join_message(&id, Purpose::Chunks, 1, &bind),
+            join_message(&id, Purpose::Control, 0, 0, &bind),
+            join_message(&id, Purpose::Chunks, 0, 0, &bind),
+            join_message(&id, Purpose::Chunks, 0, 1, &bind),
+            join_message(&id, Purpose::Chunks, 1, 0, &bind),
+            switch_message(&id, &Switch { leg: 1, ..Switch::default() }),
+            switch_message(&id, &Switch { leg: 1, reason: "x".into(), ..Switch::default() }),
+            switched_message(&id, &Switched { leg: 1, ..Switched::default() }),
+            switched_message(&id, &Switched { leg: 1, applied: 1, ..Switched::default() }),
             joined_message(&id, 0, 0, &bind),
             handover_message(Side::Source, &id, b"x"),
             handover_message(Side::Destination, &id, b"x"),

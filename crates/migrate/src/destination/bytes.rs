@@ -2,39 +2,32 @@
 
 use bytes::BytesMut;
 use dwcp_link::Reader;
+use dwcp_proto::Leg;
 use dwcp_proto::handover::Transfer;
+use dwcp_proto::leg::BytesDigest;
 use dwcp_proto::message::Ack;
-use dwcp_proto::session::bytes_root;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::sync::{mpsc, watch};
+use tokio::io::AsyncReadExt;
 use tracing::info;
 
-use super::{Arrived, Incoming, sink_failure};
+use super::land::{Landed, Landing, Order, ended};
 use crate::error::{Blame, Failure};
-use crate::handshake::Arrival;
 use crate::wire::WireError;
 
 /// Bytes read at once: enough that the system calls do not count, few enough to stay in the cache between the two.
 const BUFFER: usize = 256 << 10;
 
-/// Receives until the stream, whose length `end` tells once it is known, was applied to `sink` whole.
-pub(crate) async fn receive(
-    incoming: Incoming,
-    mut end: watch::Receiver<Option<u64>>,
-    mut arrivals: mpsc::Receiver<Arrival>,
-    mut sink: UnixStream,
-    acks: &watch::Sender<Ack>,
-) -> Result<Arrived, Failure> {
+/// Receives one leg: until the stream, whose length the source tells once it knows it, was applied whole.
+pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, Failure> {
     let mut connection: Option<(Reader, _)> = None;
-    let mut applied = 0;
+    let mut digest = BytesDigest::new(leg);
     let mut buffer = BytesMut::with_capacity(BUFFER);
+    let mut length = None;
     loop {
-        if let Some(length) = *end.borrow_and_update() {
+        let applied = landing.sink.applied();
+        if let Some(length) = length {
             if applied == length {
-                let root = bytes_root(&incoming.session.id, length);
-                let transfer = Transfer { stream_len: length, root };
-                return Ok(Arrived { transfer, _sink: sink, _connections: Box::new(connection) });
+                let transfer = Transfer { stream_len: length, root: digest.root() };
+                return Ok(Landed::All(transfer, Box::new(connection)));
             }
             if applied > length {
                 let text = format!("{applied} bytes came of a stream of {length}");
@@ -51,22 +44,31 @@ pub(crate) async fn receive(
                 Ok(0) => drop(lost(&mut connection, WireError::Closed)),
                 Ok(bytes) => {
                     // Not cancelled: what was taken from the connection reaches the VMM before anything else is looked at.
-                    sink.write_all(&buffer).await.map_err(sink_failure)?;
+                    landing.sink.apply(&buffer).await?;
+                    digest.update(&buffer);
                     buffer.clear();
-                    applied += bytes as u64;
-                    incoming.counters.raw.add(bytes as u64);
-                    incoming.counters.wire.add(bytes as u64);
-                    acks.send_replace(Ack { applied, ..Ack::default() });
+                    landing.incoming.counters.raw.add(bytes as u64);
+                    landing.incoming.counters.wire.add(bytes as u64);
+                    let applied = landing.sink.applied();
+                    landing.acknowledge(Ack { applied, leg: leg.number, ..Ack::default() });
                 }
                 Err(error) => drop(lost(&mut connection, error.into())),
             },
-            changed = end.changed() => if changed.is_err() {
-                return Err(Failure::new("ended", Blame::Local, "the migration has ended", ""));
+            order = landing.orders.recv() => match order {
+                Some(Order::End(end)) if end.leg == leg.number => length = Some(end.length),
+                // Of a leg that is over.
+                Some(Order::End(_)) => {}
+                Some(Order::Switch(switch)) => if let Some(turn) = landing.judge(switch, leg).await? {
+                    return Ok(Landed::Turn(turn, digest.root()));
+                },
+                None => return Err(ended()),
             },
-            arrival = arrivals.recv() => match arrival {
-                // The one before, if any, is closed: from here on only the new one counts.
-                Some(arrival) => connection = arrival.accept(&incoming.session, 0, applied).await.ok(),
-                None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
+            arrival = landing.arrivals.recv() => match arrival {
+                Some(arrival) => if let Some(arrival) = landing.admit(arrival, leg).await {
+                    // The one before, if any, is closed: from here on only the new one counts.
+                    connection = arrival.accept(&landing.incoming.session, 0, applied).await.ok();
+                },
+                None => return Err(ended()),
             },
         }
     }

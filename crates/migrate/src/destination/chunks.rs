@@ -17,16 +17,16 @@ use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Refusal};
 use dwcp_proto::receiver::{Admission, Receiver};
 use dwcp_proto::sender::MAX_NACKS;
-use dwcp_proto::{Seq, Verifier};
+use dwcp_proto::{Leg, Seq, Verifier};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::io::AsyncReadExt;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument, info, warn};
 
-use super::{Arrived, Incoming, sink_failure};
+use super::Incoming;
+use super::land::{Landed, Landing, Order, ended};
 use crate::error::{Blame, Failure};
 use crate::handshake::Arrival;
 use crate::pool::Share;
@@ -48,54 +48,36 @@ enum LinkEvent {
     Fatal(Failure),
 }
 
-/// Receives until the end of the stream was applied to `sink`.
-pub(crate) async fn receive(
-    incoming: Incoming,
-    mut arrivals: mpsc::Receiver<Arrival>,
-    mut sink: UnixStream,
-    acks: &watch::Sender<Ack>,
-) -> Result<Arrived, Failure> {
-    let session = incoming.session.clone();
-    let receiver = Arc::new(Mutex::new(Receiver::new(session.id, session.choice.window)));
-    let verifier = Verifier::new(session.id, session.peer.clone());
+/// Receives one leg: until the end of the stream was applied.
+pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, Failure> {
+    let incoming = landing.incoming.clone();
+    let receiver = Receiver::from(leg.id, leg.from, leg.choice.window);
+    let mut stage = Stage {
+        receiver: Arc::new(Mutex::new(receiver)),
+        ready: HashMap::new(),
+        refusals: HashMap::new(),
+        leg: leg.number,
+    };
+    let verifier = Verifier::new(leg.id, incoming.session.peer.clone());
     let (events_tx, mut events) = mpsc::channel(16);
     let mut links = JoinSet::new();
     let mut serving: HashMap<u32, AbortHandle> = HashMap::new();
     let mut decoding = FuturesUnordered::new();
-    let mut ready: HashMap<Seq, Vec<u8>> = HashMap::new();
-    let mut refusals: HashMap<Seq, u32> = HashMap::new();
     loop {
         tokio::select! {
             Some((seq, result)) = decoding.next() => {
-                match result {
-                    Ok(Decoded::Stream(bytes)) => {
-                        // Another copy may have been faster.
-                        if lock(&receiver).verified(seq) {
-                            ready.insert(seq, bytes);
-                        }
-                    }
-                    Ok(Decoded::Altered(error)) => {
-                        incoming.metrics.byzantine_attempt("payload_flip");
-                        let count = refusals.entry(seq).or_default();
-                        *count += 1;
-                        if *count >= MAX_NACKS {
-                            return Err(attack("payload_flip", &error));
-                        }
-                        warn!(%seq, %error, "chunk refused, asking for it again");
-                        lock(&receiver).refused(seq);
-                        acks.send_modify(|ack| ack.refused = wanted(&receiver, &refusals));
-                    }
-                    Ok(Decoded::Malformed(error)) => {
-                        incoming.metrics.byzantine_attempt(error.kind());
-                        return Err(attack("malformed_chunk", &error));
-                    }
+                let altered = match result {
+                    Ok(decoded) => stage.judge(seq, decoded, &incoming)?,
                     Err(_) => {
                         return Err(Failure::new("decode", Blame::Local, "a codec thread failed", "please report this"));
                     }
+                };
+                if altered {
+                    let wanted = stage.wanted();
+                    landing.acks.send_modify(|ack| ack.refused = wanted);
                 }
-                refusals.retain(|seq, _| *seq >= lock(&receiver).next());
-                if let Some(transfer) = apply(&receiver, &mut ready, &refusals, &mut sink, &incoming, acks).await? {
-                    return Ok(Arrived { transfer, _sink: sink, _connections: Box::new(links) });
+                if let Some(transfer) = stage.apply(landing).await? {
+                    return Ok(Landed::All(transfer, Box::new(links)));
                 }
             }
             event = events.recv() => match event {
@@ -107,10 +89,18 @@ pub(crate) async fn receive(
                 // A sender is kept here.
                 None => {}
             },
-            arrival = arrivals.recv() => match arrival {
-                Some(arrival) => {
+            order = landing.orders.recv() => match order {
+                Some(Order::Switch(switch)) => if let Some(turn) = landing.judge(switch, leg).await? {
+                    return Ok(Landed::Turn(turn, lock(&stage.receiver).carried()));
+                },
+                // Of a leg that is over.
+                Some(Order::End(_)) => {}
+                None => return Err(ended()),
+            },
+            arrival = landing.arrivals.recv() => match arrival {
+                Some(arrival) => if let Some(arrival) = landing.admit(arrival, leg).await {
                     let link = Link {
-                        receiver: receiver.clone(),
+                        receiver: stage.receiver.clone(),
                         verifier: verifier.clone(),
                         share: incoming.share.clone(),
                         incoming: incoming.clone(),
@@ -122,9 +112,92 @@ pub(crate) async fn receive(
                     if let Some(old) = serving.insert(index, task) {
                         old.abort();
                     }
-                }
-                None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
+                },
+                None => return Err(ended()),
             },
+        }
+    }
+}
+
+/// What waits to be applied.
+struct Stage {
+    receiver: Arc<Mutex<Receiver>>,
+    ready: HashMap<Seq, Vec<u8>>,
+    /// How often a chunk was refused.
+    refusals: HashMap<Seq, u32>,
+    leg: u32,
+}
+
+impl Stage {
+    /// Takes in what the pool found; true if it was refused and is wanted again.
+    fn judge(&mut self, seq: Seq, decoded: Decoded, incoming: &Incoming) -> Result<bool, Failure> {
+        match decoded {
+            Decoded::Stream(bytes) => {
+                // Another copy may have been faster.
+                if lock(&self.receiver).verified(seq) {
+                    self.ready.insert(seq, bytes);
+                }
+                Ok(false)
+            }
+            Decoded::Altered(error) => {
+                incoming.metrics.byzantine_attempt("payload_flip");
+                let count = self.refusals.entry(seq).or_default();
+                *count += 1;
+                if *count >= MAX_NACKS {
+                    return Err(attack("payload_flip", &error));
+                }
+                warn!(%seq, %error, "chunk refused, asking for it again");
+                lock(&self.receiver).refused(seq);
+                Ok(true)
+            }
+            Decoded::Malformed(error) => {
+                incoming.metrics.byzantine_attempt(error.kind());
+                Err(attack("malformed_chunk", &error))
+            }
+        }
+    }
+
+    /// The refused chunks that have not come again since.
+    fn wanted(&self) -> Vec<Refusal> {
+        let receiver = lock(&self.receiver);
+        let lacking = self.refusals.iter().filter(|(seq, _)| receiver.lacks(**seq));
+        let mut wanted: Vec<_> = lacking.map(|(seq, times)| Refusal { seq: seq.0, times: *times }).collect();
+        // The oldest hold everything else up; the others have their turn in a later acknowledgement.
+        wanted.sort_unstable_by_key(|refusal| refusal.seq);
+        wanted.truncate(MAX_WANTED);
+        wanted
+    }
+
+    /// Applies everything that is next in order; the transfer once the end was.
+    async fn apply(&mut self, landing: &mut Landing) -> Result<Option<Transfer>, Failure> {
+        loop {
+            let next = lock(&self.receiver).poll_apply();
+            let counters = &landing.incoming.counters;
+            let header = match next {
+                Ok(Some(header)) => header,
+                Ok(None) => return Ok(None),
+                Err(violation) => {
+                    landing.incoming.metrics.byzantine_attempt(violation.kind());
+                    return Err(attack(violation.kind(), &violation));
+                }
+            };
+            let bytes = self.ready.remove(&header.seq).unwrap_or_default();
+            counters.raw.add(bytes.len() as u64);
+            if header.kind == Kind::Data {
+                counters.rounds.set(u64::from(header.version.0) + 1);
+                counters.chunks.add(1);
+            }
+            landing.sink.apply(&bytes).await?;
+            let (next, applied, root) = {
+                let mut receiver = lock(&self.receiver);
+                receiver.applied();
+                (receiver.next(), receiver.offset().0, receiver.root())
+            };
+            self.refusals.retain(|seq, _| *seq >= next);
+            landing.acknowledge(Ack { next: next.0, applied, refused: self.wanted(), leg: self.leg });
+            if let Some(root) = root {
+                return Ok(Some(Transfer { stream_len: applied, root }));
+            }
         }
     }
 }
@@ -138,58 +211,6 @@ fn attack(kind: &str, error: &dyn std::error::Error) -> Failure {
     let hint =
         "the guest is safe at the source; look for a faulty or hostile node or link before trying again";
     Failure::new(kind, Blame::PeerMisbehaving, error.to_string(), hint)
-}
-
-/// The refused chunks that have not come again since.
-fn wanted(receiver: &Mutex<Receiver>, refusals: &HashMap<Seq, u32>) -> Vec<Refusal> {
-    let receiver = lock(receiver);
-    let lacking = refusals.iter().filter(|(seq, _)| receiver.lacks(**seq));
-    let mut wanted: Vec<_> = lacking.map(|(seq, times)| Refusal { seq: seq.0, times: *times }).collect();
-    // The oldest hold everything else up; the others have their turn in a later acknowledgement.
-    wanted.sort_unstable_by_key(|refusal| refusal.seq);
-    wanted.truncate(MAX_WANTED);
-    wanted
-}
-
-/// Applies everything that is next in order; the transfer once the end was.
-async fn apply(
-    receiver: &Mutex<Receiver>,
-    ready: &mut HashMap<Seq, Vec<u8>>,
-    refusals: &HashMap<Seq, u32>,
-    sink: &mut UnixStream,
-    incoming: &Incoming,
-    acks: &watch::Sender<Ack>,
-) -> Result<Option<Transfer>, Failure> {
-    loop {
-        let next = lock(receiver).poll_apply();
-        let header = match next {
-            Ok(Some(header)) => header,
-            Ok(None) => return Ok(None),
-            Err(violation) => {
-                incoming.metrics.byzantine_attempt(violation.kind());
-                return Err(attack(violation.kind(), &violation));
-            }
-        };
-        let bytes = ready.remove(&header.seq).unwrap_or_default();
-        sink.write_all(&bytes).await.map_err(sink_failure)?;
-        incoming.counters.raw.add(bytes.len() as u64);
-        let (ack, root) = {
-            let mut receiver = lock(receiver);
-            receiver.applied();
-            let (next, applied) = (receiver.next().0, receiver.offset().0);
-            (Ack { next, applied, refused: Vec::new() }, receiver.root())
-        };
-        let applied = ack.applied;
-        let ack = Ack { refused: wanted(receiver, refusals), ..ack };
-        if header.kind == Kind::Data {
-            incoming.counters.rounds.set(u64::from(header.version.0) + 1);
-            incoming.counters.chunks.add(1);
-        }
-        acks.send_replace(ack);
-        if let Some(root) = root {
-            return Ok(Some(Transfer { stream_len: applied, root }));
-        }
-    }
 }
 
 struct Link {

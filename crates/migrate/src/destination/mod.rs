@@ -7,6 +7,7 @@
 
 mod bytes;
 mod chunks;
+mod land;
 
 use std::io;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use dwcp_link::{Reader, Writer};
 use dwcp_proto::handover::{AbortReason, Afterwards, Destination, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::journal::{Accepted, Job};
-use dwcp_proto::message::{Ack, Body, Purpose};
+use dwcp_proto::message::{Ack, Body, Purpose, Veto};
 use dwcp_proto::{MigrationId, Path, Side};
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, RunState};
 use dwcp_vmm::socket;
@@ -25,6 +26,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{Instrument, info, warn};
 
+use crate::config::Gate;
 use crate::control::{Control, Data, Event, Origin};
 use crate::counters::Counters;
 use crate::error::{Blame, Failure};
@@ -36,7 +38,7 @@ use crate::pilot::{Machine, Pilot, Step};
 use crate::pool::Share;
 use crate::recovery::{self, Revived};
 use crate::reins::{Pull, Reins};
-use crate::report::Report;
+use crate::report::{Report, Turned};
 use crate::shared::Shared;
 use crate::source::closing;
 use crate::spec::{IncomingSpec, Leave};
@@ -50,8 +52,16 @@ const RETRY: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(3900);
 /// How long the last word may take to be acknowledged after the end.
 const LINGER: Duration = Duration::from_secs(5);
+/// Changes of path that may wait to be recorded.
+const TURNS: usize = 16;
+/// The source's orders that may wait for the data path: it looks at them between two pieces of the stream.
+const ORDERS: usize = 16;
+/// Characters of a veto's reason.
+const MAX_VETO: usize = 120;
 /// Connections that may wait to be taken up: all streams and the control connection, twice.
 pub(crate) const ARRIVALS: usize = 36;
+
+use land::{Landing, Order};
 
 /// What both data paths need.
 #[derive(Clone)]
@@ -75,7 +85,7 @@ pub(crate) struct Agreed {
 /// Receives the VM. The report's status is final when this returns.
 pub(crate) async fn run(shared: Arc<Shared>, agreed: Agreed, report: Arc<Report>, reins: Reins) {
     let mut in_flight = shared.metrics.in_flight();
-    in_flight.path(agreed.session.path);
+    in_flight.path(agreed.session.leg.path);
     let session = agreed.session.id;
     if let Err(error) = attempt(&shared, agreed, &report, reins, in_flight).await {
         let failure = Failure::new(
@@ -100,7 +110,7 @@ async fn attempt(
 ) -> Result<(), WriteError> {
     let Agreed { id, spec, guest, session, control: first, arrivals } = agreed;
     let session = Arc::new(session);
-    info!(session = %session.id, path = session.path.name(), mode = session.mode.name(), "session stands");
+    info!(session = %session.id, path = session.leg.path.name(), mode = session.leg.mode.name(), "session stands");
     report.session(&session);
     report.set(|s| s.phase = Phase::Connecting);
     let journal = Journal::create(&shared.config.state_dir, &id, Side::Destination).await?;
@@ -120,7 +130,7 @@ async fn attempt(
             peer_addr: None,
             qmp: guest.path().display().to_string(),
             session: session.id,
-            path: session.path.name().to_owned(),
+            path: session.leg.path.name().to_owned(),
             started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
             vmm: guest.process(),
         },
@@ -137,8 +147,8 @@ async fn attempt(
         counters,
         metrics: shared.metrics.clone(),
     };
-    let pilot = Pilot::new(machine, journal, session, control, guest.clone());
-    let mut run = Run::new(shared, report, pilot, guest, incoming, acks_tx, rejoins_tx);
+    let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
+    let mut run = Run::new(shared, report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
     run.in_flight = Some(in_flight);
     run.drive(events, arrivals, reins).await;
     drop(run);
@@ -175,8 +185,8 @@ pub(crate) async fn resume(
         metrics: shared.metrics.clone(),
     };
     let known = session.id;
-    let pilot = Pilot::new(machine, journal, session, control, guest.clone());
-    let mut run = Run::new(&shared, &report, pilot, guest, incoming, acks_tx, rejoins_tx);
+    let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
+    let mut run = Run::new(&shared, &report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
     run.dark_since = Some(Instant::now());
     run.drive(events, arrivals, reins).await;
     drop(run);
@@ -199,12 +209,22 @@ struct Run {
     report: Arc<Report>,
     pilot: Pilot,
     guest: Arc<Guest>,
+    control: Control,
     incoming: Incoming,
     acks: watch::Sender<Ack>,
     rejoins: mpsc::Sender<Arrival>,
     data: Option<mpsc::Sender<Arrival>>,
-    /// The length of the v1 stream, once the source has told it.
-    stream_end: watch::Sender<Option<u64>>,
+    /// The source's orders to the data path.
+    orders: Option<mpsc::Sender<Order>>,
+    /// The changes of path that were made.
+    turns_tx: mpsc::Sender<Turned>,
+    turns: mpsc::Receiver<Turned>,
+    /// The path that the data is on.
+    path: Path,
+    /// This node's flag, for its veto.
+    gate: watch::Receiver<Gate>,
+    /// What the source was told last of the veto.
+    vetoed: Option<String>,
     transport: JoinSet<Result<Arrived, Failure>>,
     arrived: Option<Arrived>,
     whole: bool,
@@ -222,20 +242,28 @@ impl Run {
         report: &Arc<Report>,
         pilot: Pilot,
         guest: Arc<Guest>,
+        control: Control,
         incoming: Incoming,
         acks: watch::Sender<Ack>,
         rejoins: mpsc::Sender<Arrival>,
     ) -> Self {
+        let (turns_tx, turns) = mpsc::channel(TURNS);
         Run {
             shared: shared.clone(),
             report: report.clone(),
             pilot,
             guest,
-            incoming,
+            control,
             acks,
             rejoins,
             data: None,
-            stream_end: watch::Sender::new(None),
+            orders: None,
+            turns_tx,
+            turns,
+            path: incoming.session.leg.path,
+            gate: shared.config.gate.clone(),
+            vetoed: None,
+            incoming,
             transport: JoinSet::new(),
             arrived: None,
             whole: false,
@@ -305,6 +333,8 @@ impl Run {
                         self.take(steps).await;
                     }
                 },
+                Some(turned) = self.turns.recv() => self.turned(turned).await,
+                Ok(()) = self.gate.changed() => self.veto().await,
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 _ = tick.tick() => self.look().await,
                 // What cannot be ended now is gone on with from the journal.
@@ -384,15 +414,11 @@ impl Run {
         let sink = socket::open_incoming(&qemu).await.map_err(open_failure)?;
         let (data_tx, data) = mpsc::channel(ARRIVALS);
         self.data = Some(data_tx);
-        let (incoming, end) = (self.incoming.clone(), self.stream_end.subscribe());
-        let acks = self.acks.clone();
-        let carry = async move {
-            match incoming.session.path {
-                Path::V3 => chunks::receive(incoming, data, sink, &acks).await,
-                Path::V1 => bytes::receive(incoming, end, data, sink, &acks).await,
-            }
-        };
-        self.transport.spawn(carry.in_current_span());
+        let (orders_tx, orders) = mpsc::channel(ORDERS);
+        self.orders = Some(orders_tx);
+        let (incoming, acks) = (self.incoming.clone(), self.acks.clone());
+        let landing = Landing::new(incoming, self.control.clone(), data, orders, acks, sink);
+        self.transport.spawn(landing.receive(self.turns_tx.clone()).in_current_span());
         self.report.set(|s| s.phase = Phase::Precopy);
         self.pilot.note("receiving", "").await;
         Ok(())
@@ -404,15 +430,16 @@ impl Run {
                 if self.dark_since.take().is_some() {
                     self.pilot.note("link_up", "").await;
                 }
+                self.vetoed = None;
+                self.veto().await;
                 self.feed(Input::Connected).await;
             }
             Event::Down(why) => {
                 self.dark_since.get_or_insert_with(Instant::now);
                 self.pilot.note("link_down", why).await;
             }
-            Event::Message(Body::StreamEnd(end)) if self.incoming.session.path == Path::V1 => {
-                self.stream_end.send_replace(Some(end.length));
-            }
+            Event::Message(Body::StreamEnd(end)) => self.order(Order::End(end)).await,
+            Event::Message(Body::Switch(switch)) => self.order(Order::Switch(switch)).await,
             Event::Message(Body::Signed(signed)) => match self.pilot.hear(&signed).await {
                 Ok(steps) => self.take(steps).await,
                 Err(text) => self.violation(text).await,
@@ -424,31 +451,51 @@ impl Run {
         }
     }
 
+    /// Passes the source's order on to the data path.
+    async fn order(&mut self, order: Order) {
+        // An ended data path has everything; before it began the source has nothing to order.
+        if let Some(orders) = &self.orders {
+            let _ = orders.send(order).await;
+        }
+    }
+
+    /// Tells the source whether v3 is wanted here, if that is news to it.
+    async fn veto(&mut self) {
+        let veto = self.gate.borrow_and_update().veto.as_ref().map(|reason| reason.text.clone());
+        if veto != self.vetoed && self.outcome.is_none() {
+            let reason = veto.as_deref().unwrap_or_default().chars().take(MAX_VETO).collect();
+            self.control.say(Body::Veto(Veto { reason })).await;
+            self.vetoed = veto;
+        }
+    }
+
+    /// The data is on another leg.
+    async fn turned(&mut self, Turned { leg, change }: Turned) {
+        let (path, cause) = (leg.path, change.cause);
+        self.path = path;
+        self.report.turned(&leg, cause.code(), &change.reason);
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.path(path);
+        }
+        let text = format!("to {} from byte {} on: {cause}: {}", path.name(), leg.from, change.reason);
+        self.pilot.note("path_switch", text).await;
+    }
+
     /// A connection of this session.
     async fn arrival(&mut self, arrival: Arrival) {
-        let fits = match (arrival.purpose, self.incoming.session.path) {
-            (Purpose::Control, _) => true,
-            (Purpose::Chunks, Path::V3) => arrival.link < self.incoming.session.choice.streams,
-            (Purpose::Bytes, Path::V1) => arrival.link == 0,
-            _ => false,
-        };
         let target = match arrival.purpose {
             Purpose::Control => Some(&self.rejoins),
             Purpose::Chunks | Purpose::Bytes => self.data.as_ref(),
         };
         match target {
-            Some(target) if fits => {
+            Some(target) => {
                 if target.send(arrival).await.is_err() {
                     info!("a connection came after the end of the data");
                 }
             }
-            _ if fits => {
+            None => {
                 let text = "the destination's VMM is not ready yet";
                 arrival.refuse(&Failure::new("busy", Blame::Vmm, text, "try again")).await;
-            }
-            _ => {
-                let text = "this connection does not belong to the session's path";
-                arrival.refuse(&Failure::new("protocol", Blame::PeerMisbehaving, text, "")).await;
             }
         }
     }
@@ -504,8 +551,8 @@ impl Run {
             Blame::Vmm => AbortReason::VmmFailedDestination,
             Blame::Local => AbortReason::Resources,
         };
-        if self.incoming.session.path == Path::V3 {
-            self.shared.metrics.v3_error(self.incoming.session.mode, failure.blame);
+        if self.path == Path::V3 {
+            self.shared.metrics.v3_error(self.incoming.session.leg.mode, failure.blame);
         }
         self.fail(reason, failure).await;
     }

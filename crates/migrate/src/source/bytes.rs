@@ -1,67 +1,80 @@
 //! Path v1 at the source: one connection, the VMM's bytes as they are.
 //!
-//! What was written is kept in a ring until the destination reports it as applied, so that a new connection goes on where
-//! the old one was lost. The ring is bounded by what may be in flight; when it is full nothing more is read from the VMM.
+//! What was written stays on the reel until the destination reports it as applied, so that a new connection goes on where
+//! the old one was lost. What may be in flight is bounded; beyond it nothing more is read from the VMM.
 
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes};
-use dwcp_link::{Reader, Writer};
-use dwcp_proto::Segment;
+use dwcp_link::{Gauge, Reader, Writer};
+use dwcp_proto::Leg;
 use dwcp_proto::handover::Transfer;
+use dwcp_proto::leg::BytesDigest;
 use dwcp_proto::message::{Ack, Body, Purpose, StreamEnd};
 use dwcp_proto::pace::Pace;
-use dwcp_proto::session::bytes_root;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::mpsc;
 use tokio::time::sleep;
 use tracing::info;
 
 use super::Outgoing;
+use super::carry::{Carried, Peer, beyond_end};
+use super::helm::Helm;
+use super::reel::Reel;
 use crate::control::{Control, DataEvent, RETRY};
 use crate::error::{Blame, Failure};
 use crate::wire::WireError;
 
-/// Sends all `segments`; returns once the destination has applied every byte.
+/// Bytes that were read and wait to be written: enough to keep the connection busy while the VMM is asked for more, few enough to be
+/// still in the cache when they are written.
+const AHEAD: u64 = 1 << 20;
+/// What the kernel may hold unsent of the one connection: as `AHEAD`, seen from the other side.
+const UNSENT: u32 = 1 << 20;
+
+/// Sends one leg: to the end of the stream, or until the path should change.
 pub(crate) async fn send(
-    out: Outgoing,
-    control: Control,
-    mut segments: mpsc::Receiver<Segment>,
-    mut peer: mpsc::Receiver<DataEvent>,
-) -> Result<Transfer, Failure> {
-    let mut ring = Ring::new(out);
+    out: &Outgoing,
+    control: &Control,
+    leg: &Leg,
+    reel: &mut Reel,
+    peer: &mut Peer,
+    helm: &mut Helm,
+) -> Result<(Carried, Ring), Failure> {
+    let mut ring = Ring::new(out.clone(), leg);
     let (mut again, mut connected) = (false, false);
     loop {
-        let (dialler, session) = (ring.out.dialler.clone(), ring.out.session.clone());
         let pause = again;
         let join = async {
             if pause {
                 sleep(RETRY).await;
             }
-            dialler.join(&session, Purpose::Bytes, 0).await
+            out.dialler.join(&out.session, leg, Purpose::Bytes, 0).await
         };
         tokio::pin!(join);
         let joined = loop {
-            if let Some(transfer) = ring.delivered() {
-                return Ok(transfer);
+            if let Some(transfer) = ring.delivered(reel) {
+                return Ok((Carried::All(transfer), ring));
             }
+            let turns = reel.length().is_none();
             tokio::select! {
+                biased;
+                change = helm.turn(), if turns => return Ok((Carried::Turn(change), ring)),
+                said = peer.recv() => ring.hear(said, reel, control, helm).await?,
                 joined = &mut join => break joined,
-                said = peer.recv() => ring.hear(said, &control).await?,
             }
         };
         let error = match joined {
-            Ok((reader, writer, joined)) => {
-                ring.rewind(joined.applied)?;
+            Ok((reader, writer, joined, gauge)) => {
+                ring.trim(reel, joined.applied)?;
+                ring.written = reel.applied();
                 if connected {
                     ring.out.counters.reconnects.add(1);
                     ring.out.metrics.reconnected();
                 }
                 connected = true;
-                match ring.carry(reader, writer, &control, &mut segments, &mut peer).await? {
-                    Carried::All(transfer) => return Ok(transfer),
-                    Carried::Until(error) => error,
+                // A wish only: without it the connection is merely slower.
+                let _ = gauge.set_notsent_lowat(Some(UNSENT));
+                match ring.carry((reader, writer, gauge), reel, control, peer, helm).await? {
+                    Ended::Leg(carried) => return Ok((carried, ring)),
+                    Ended::Connection(error) => error,
                 }
             }
             Err(error) => error,
@@ -74,41 +87,39 @@ pub(crate) async fn send(
     }
 }
 
-enum Carried {
-    All(Transfer),
-    Until(WireError),
+enum Ended {
+    Leg(Carried),
+    Connection(WireError),
 }
 
-/// What was read from the VMM and not yet applied at the destination.
-struct Ring {
+/// What a v1 leg knows beside the reel.
+pub(crate) struct Ring {
     out: Outgoing,
+    leg: Leg,
     started: Instant,
     pace: Pace,
-    /// In order; the first begins at `applied`.
-    kept: VecDeque<Bytes>,
-    applied: u64,
+    /// Of what was applied.
+    digest: BytesDigest,
     /// Up to where it was written to the present connection.
     written: u64,
-    /// The end of what was read.
-    end: u64,
-    ended: bool,
+    /// The destination was told where the stream ends.
+    told: bool,
     /// Since when something is unacknowledged.
     busy_since: Option<Instant>,
 }
 
 impl Ring {
-    fn new(out: Outgoing) -> Self {
+    fn new(out: Outgoing, leg: &Leg) -> Self {
         let pace = Pace::new(out.budget);
         Ring {
-            out,
+            digest: BytesDigest::new(leg),
+            leg: leg.clone(),
             started: Instant::now(),
             pace,
-            kept: VecDeque::new(),
-            applied: 0,
-            written: 0,
-            end: 0,
-            ended: false,
+            written: leg.from.0,
+            told: false,
             busy_since: None,
+            out,
         }
     }
 
@@ -116,92 +127,85 @@ impl Ring {
         self.started.elapsed()
     }
 
-    fn has_room(&self) -> bool {
-        let held = self.end - self.applied;
-        held == 0 || held < self.pace.target().min(self.out.session.choice.window)
+    fn has_room(&self, reel: &Reel) -> bool {
+        let held = reel.handed() - reel.applied();
+        let may = self.pace.target().min(self.leg.choice.window);
+        held == 0 || (held < may && reel.handed() - self.written < AHEAD)
     }
 
     /// The whole transfer, once the destination has applied all of it.
-    fn delivered(&self) -> Option<Transfer> {
-        let root = || bytes_root(&self.out.session.id, self.end);
-        (self.ended && self.applied == self.end).then(|| Transfer { stream_len: self.end, root: root() })
+    fn delivered(&self, reel: &Reel) -> Option<Transfer> {
+        let length = reel.length()?;
+        (reel.applied() == length).then(|| Transfer { stream_len: length, root: self.digest.root() })
     }
 
-    async fn hear(&mut self, said: Option<DataEvent>, control: &Control) -> Result<(), Failure> {
+    async fn hear(
+        &mut self,
+        said: Option<DataEvent>,
+        reel: &mut Reel,
+        control: &Control,
+        helm: &mut Helm,
+    ) -> Result<(), Failure> {
         match said {
-            Some(DataEvent::Ack(Ack { applied, .. })) => {
+            Some(DataEvent::Ack(Ack { applied, leg, .. })) if leg == self.leg.number => {
                 let rtt = self.out.counters.rtt_us.load();
                 if rtt > 0 {
                     self.pace.round_trip(Duration::from_micros(rtt));
                 }
-                self.trim(applied)?;
+                self.trim(reel, applied)?;
             }
-            Some(DataEvent::Up) if self.ended => {
-                control.say(Body::StreamEnd(StreamEnd { length: self.end })).await;
+            Some(DataEvent::Up) => {
+                if let Some(length) = reel.length() {
+                    self.tell_end(length, control).await;
+                }
             }
-            Some(DataEvent::Up) => {}
+            Some(DataEvent::Veto(reason)) => helm.veto(&reason),
+            Some(DataEvent::Ack(_) | DataEvent::Switched(_)) => {}
             None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
         }
         Ok(())
     }
 
-    /// The destination has applied everything before `applied`.
-    fn trim(&mut self, applied: u64) -> Result<(), Failure> {
-        if applied > self.end {
-            let text = format!("the peer acknowledged byte {applied} of {}", self.end);
-            return Err(Failure::new("forged_ack", Blame::PeerMisbehaving, text, ""));
-        }
-        // An older acknowledgement may come after a newer join.
-        let Some(mut bytes) = applied.checked_sub(self.applied) else { return Ok(()) };
+    async fn tell_end(&mut self, length: u64, control: &Control) {
+        self.told = true;
+        control.say(Body::StreamEnd(StreamEnd { length, leg: self.leg.number })).await;
+    }
+
+    /// The destination has applied everything before `applied`. An older word may come after a newer one.
+    fn trim(&mut self, reel: &mut Reel, applied: u64) -> Result<(), Failure> {
+        let before = reel.applied();
+        let digest = &mut self.digest;
+        reel.trim(applied, |bytes| digest.update(bytes)).map_err(beyond_end)?;
+        let bytes = reel.applied() - before;
+        let idle = reel.applied() == reel.handed();
         if bytes > 0 {
-            self.pace.acked(bytes, self.now(), applied == self.end);
+            self.pace.acked(bytes, self.now(), idle);
             self.out.counters.rate.set(self.pace.rate() as u64);
         }
-        self.applied = applied;
-        if self.applied == self.end
-            && let Some(since) = self.busy_since.take()
-        {
+        if idle && let Some(since) = self.busy_since.take() {
             self.out.metrics.busy(None, since.elapsed());
         }
-        while let Some(first) = self.kept.front_mut().filter(|_| bytes > 0) {
-            let part = bytes.min(first.len() as u64);
-            first.advance(part as usize);
-            bytes -= part;
-            if first.is_empty() {
-                self.kept.pop_front();
-            }
-        }
-        self.written = self.written.max(applied);
+        self.written = self.written.max(reel.applied());
         Ok(())
     }
 
-    /// A new connection goes on from what the destination has applied.
-    fn rewind(&mut self, applied: u64) -> Result<(), Failure> {
-        self.trim(applied)?;
-        self.written = self.applied;
-        Ok(())
-    }
-
-    /// The next bytes to write.
-    fn unwritten(&self) -> Option<Bytes> {
-        let mut skip = self.written - self.applied;
-        for bytes in &self.kept {
-            if skip < bytes.len() as u64 {
-                return Some(bytes.slice(skip as usize..));
-            }
-            skip -= bytes.len() as u64;
+    /// The digest of what this leg carried before `offset`, from which the next one goes on.
+    pub(crate) fn carried_until(&mut self, reel: &mut Reel, offset: u64) -> Result<[u8; 32], Failure> {
+        self.trim(reel, offset)?;
+        if let Some(since) = self.busy_since.take() {
+            self.out.metrics.busy(None, since.elapsed());
         }
-        None
+        Ok(self.digest.root())
     }
 
     async fn carry(
         &mut self,
-        mut reader: Reader,
-        mut writer: Writer,
+        (mut reader, mut writer, gauge): (Reader, Writer, Gauge),
+        reel: &mut Reel,
         control: &Control,
-        segments: &mut mpsc::Receiver<Segment>,
-        peer: &mut mpsc::Receiver<DataEvent>,
-    ) -> Result<Carried, Failure> {
+        peer: &mut Peer,
+        helm: &mut Helm,
+    ) -> Result<Ended, Failure> {
         let silence = async move {
             match reader.read_u8().await {
                 Ok(_) => WireError::Unexpected { got: "a byte", expected: "silence on a data connection" },
@@ -211,44 +215,44 @@ impl Ring {
         tokio::pin!(silence);
         let mut flushed = true;
         loop {
-            if let Some(transfer) = self.delivered() {
-                return Ok(Carried::All(transfer));
+            if let Some(transfer) = self.delivered(reel) {
+                return Ok(Ended::Leg(Carried::All(transfer)));
             }
-            let unwritten = self.unwritten();
-            let has_room = self.has_room() && !self.ended;
+            let length = reel.length();
+            if let Some(length) = length.filter(|_| !self.told) {
+                self.tell_end(length, control).await;
+            }
+            let unwritten = reel.bytes_from(self.written);
+            let has_room = length.is_none() && self.has_room(reel);
             let wait = self.out.bucket().wait(self.now());
             tokio::select! {
+                change = helm.turn(), if length.is_none() => {
+                    gauge.cut();
+                    return Ok(Ended::Leg(Carried::Turn(change)));
+                }
                 wrote = async {
                     match &unwritten {
                         Some(bytes) => writer.write(bytes).await,
                         None => writer.flush().await.map(|()| 0),
                     }
                 }, if wait.is_zero() && (unwritten.is_some() || !flushed) => match wrote {
-                    Ok(0) if unwritten.is_some() => return Ok(Carried::Until(WireError::Closed)),
+                    Ok(0) if unwritten.is_some() => return Ok(Ended::Connection(WireError::Closed)),
                     Ok(bytes) => {
                         flushed = unwritten.is_none();
                         self.written += bytes as u64;
                         let now = self.now();
                         self.pace.sent(now);
                         self.out.bucket().spend(bytes as u64, now);
-                        self.out.sent(bytes as u64);
+                        self.out.counters.wire.add(bytes as u64);
                     }
-                    Err(error) => return Ok(Carried::Until(error.into())),
+                    Err(error) => return Ok(Ended::Connection(error.into())),
                 },
                 () = sleep(wait), if !wait.is_zero() => {}
-                segment = segments.recv(), if has_room => match segment {
-                    Some(segment) => {
-                        self.busy_since.get_or_insert_with(Instant::now);
-                        self.end += segment.bytes.len() as u64;
-                        self.kept.push_back(segment.bytes);
-                    }
-                    None => {
-                        self.ended = true;
-                        control.say(Body::StreamEnd(StreamEnd { length: self.end })).await;
-                    }
+                segment = reel.next(), if has_room => if segment.is_some() {
+                    self.busy_since.get_or_insert_with(Instant::now);
                 },
-                said = peer.recv() => self.hear(said, control).await?,
-                error = &mut silence => return Ok(Carried::Until(error)),
+                said = peer.recv() => self.hear(said, reel, control, helm).await?,
+                error = &mut silence => return Ok(Ended::Connection(error)),
             }
         }
     }

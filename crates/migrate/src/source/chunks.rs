@@ -1,80 +1,107 @@
 //! Path v3 at the source: segments are encoded by the pool, sealed in order, and sent over several connections.
 //!
 //! ```text
-//! segments ─► encode (pool, in parallel) ─► in order ─► Sealer ─► Sender ─► links (a task each) ═► network
-//!                                                                   ▲ Ack, Nack (control connection)
+//! reel ─► encode (pool, in parallel) ─► in order ─► Sealer ─► Sender ─► links (a task each) ═► network
+//!                                                               ▲ Ack (control connection)
 //! ```
 //! What was sealed is kept until it is acknowledged. Back-pressure runs the other way: no room in the sender, so no result
-//! is taken from the pool, so no segment is taken from the VMM.
+//! is taken from the pool, so no segment is taken from the reel, and nothing from the VMM.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use dwcp_hde::Choice as Compression;
-use dwcp_link::{Reader, Writer};
+use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Purpose};
 use dwcp_proto::pace::Pace;
 use dwcp_proto::sender::{LINK_QUEUE, Sender, SenderError};
-use dwcp_proto::{EncodedChunk, Lane, LinkId, Mode, SealedChunk, Sealer, Segment, Seq, StreamOffset};
+use dwcp_proto::{EncodedChunk, Lane, Leg, LinkId, Mode, SealedChunk, Sealer, Segment, Seq, StreamOffset};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
 use tokio::io::AsyncReadExt;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tracing::{Instrument, debug, info};
 
 use super::Outgoing;
+use super::carry::{Carried, Peer};
+use super::helm::Helm;
+use super::reel::Reel;
 use crate::control::{DataEvent, RETRY};
 use crate::error::{Blame, Failure};
 use crate::handshake::Dialler;
 use crate::pool::Share;
 use crate::wire::{WireError, chunk_frame_len, write_chunk};
 
+/// Segments between the reel and the sealer: being encoded, or waiting for an earlier one.
+const AHEAD: usize = 3;
+
 /// What a connection's task tells.
 enum LinkEvent {
-    Up(LinkId, mpsc::Sender<SealedChunk>),
+    Up(LinkId, mpsc::Sender<SealedChunk>, Gauge),
     Down(LinkId),
     Written(LinkId, u64),
     Failed(Failure),
 }
 
-/// Sends all `segments`; returns once the destination has applied every byte and the end.
+/// Sends one leg: to the end of the stream, or until the path should change.
 pub(crate) async fn send(
-    out: Outgoing,
-    segments: mpsc::Receiver<Segment>,
-    mut peer: mpsc::Receiver<DataEvent>,
-) -> Result<Transfer, Failure> {
+    out: &Outgoing,
+    leg: &Leg,
+    reel: &mut Reel,
+    peer: &mut Peer,
+    helm: &mut Helm,
+) -> Result<(Carried, Stage), Failure> {
     let mut tasks = JoinSet::new();
-    let (encoded_tx, mut encoded) = mpsc::channel(super::ingest::QUEUE);
-    let encoder = encode(segments, out.share.clone(), compression(out.session.mode), encoded_tx);
-    tasks.spawn(encoder.in_current_span());
-    let streams = out.session.choice.streams;
     let (events_tx, mut events) = mpsc::channel(64);
-    for n in 0..streams as u16 {
-        let link = serve_link(out.dialler.clone(), out.clone(), LinkId(n), events_tx.clone());
+    for n in 0..leg.choice.streams as u16 {
+        let link = serve_link(out.clone(), leg.clone(), LinkId(n), events_tx.clone());
         tasks.spawn(link.in_current_span());
     }
     drop(events_tx);
 
-    let mut stage = Stage::new(out);
-    let mut pending = None;
+    let compression = compression(leg.mode);
+    let mut stage = Stage::new(out.clone(), leg);
+    let mut encoding = FuturesOrdered::new();
     loop {
         let wait = stage.pump();
         if let Some(transfer) = stage.delivered() {
-            return Ok(transfer);
+            return Ok((Carried::All(transfer), stage));
+        }
+        let all_read = reel.length().is_some();
+        if all_read && encoding.is_empty() && !stage.ending() && stage.wants_more() {
+            stage.push_end();
+            continue;
         }
         tokio::select! {
             biased;
+            change = helm.turn(), if !stage.ending() => {
+                // What the kernel still holds of v3 must not go out after this.
+                stage.cut();
+                return Ok((Carried::Turn(change), stage));
+            }
             said = peer.recv() => match said {
-                Some(DataEvent::Ack(ack)) => stage.acked(ack)?,
-                Some(DataEvent::Up) => {}
+                Some(DataEvent::Ack(ack)) if ack.leg == leg.number => stage.acked(ack, reel)?,
+                Some(DataEvent::Veto(reason)) => helm.veto(&reason),
+                Some(DataEvent::Ack(_) | DataEvent::Up | DataEvent::Switched(_)) => {}
                 None => return Err(ended()),
             },
             event = events.recv() => match event {
                 Some(event) => stage.link(event)?,
                 None => return Err(ended()),
             },
-            chunk = next(&mut pending, &mut encoded), if stage.wants_more() => stage.push(chunk?),
+            Some(chunk) = encoding.next(), if stage.wants_more() => match chunk {
+                Ok(chunk) => stage.push(chunk),
+                // The bytes are still here; v1 needs no encoder.
+                Err(why) => helm.encoder_failed(why),
+            },
+            segment = reel.next(), if !all_read && encoding.len() < AHEAD => {
+                if let Some(segment) = segment {
+                    encoding.push_back(encode(out.share.clone(), segment, compression));
+                }
+            }
             () = sleep(wait.unwrap_or_default()), if wait.is_some() => {}
         }
     }
@@ -92,89 +119,71 @@ fn compression(mode: Mode) -> Compression {
     }
 }
 
-type Encoded = Result<EncodedChunk, dwcp_hde::EncodeError>;
-
-/// Encodes segments side by side; their results are handed on in the segments' order.
-async fn encode(
-    mut segments: mpsc::Receiver<Segment>,
-    share: Share,
-    compression: Compression,
-    encoded: mpsc::Sender<oneshot::Receiver<Encoded>>,
-) {
-    while let Some(segment) = segments.recv().await {
-        let result = share
-            .run(move |worker| {
-                let mut payload = Vec::new();
-                let done = match worker.encoder.encode(&segment, compression, &mut payload) {
-                    Ok(done) => done,
-                    Err(error) => {
-                        // An index that does not fit its bytes is an error of ours; the bytes are right all the same.
-                        tracing::error!(%error, "segment sent as opaque bytes; please report this");
-                        let segment = Segment::opaque(segment.offset, segment.bytes.clone(), segment.version);
-                        worker.encoder.encode(&segment, compression, &mut payload)?
-                    }
-                };
-                Ok(EncodedChunk::new(
-                    done.codec,
-                    Lane(0),
-                    segment.version,
-                    segment.offset,
-                    segment.bytes.len() as u32,
-                    done.raw_len,
-                    payload.into(),
-                ))
-            })
-            .await;
-        if encoded.send(result).await.is_err() {
-            return;
-        }
-    }
-}
-
-/// The next encoded chunk in order, `None` after the last. Keeps its place when it is cancelled.
-async fn next(
-    pending: &mut Option<oneshot::Receiver<Encoded>>,
-    encoded: &mut mpsc::Receiver<oneshot::Receiver<Encoded>>,
-) -> Result<Option<EncodedChunk>, Failure> {
-    if pending.is_none() {
-        *pending = encoded.recv().await;
-    }
-    let Some(result) = pending else { return Ok(None) };
-    let outcome = result.await;
-    *pending = None;
-    match outcome {
-        Ok(Ok(chunk)) => Ok(Some(chunk)),
-        Ok(Err(error)) => Err(Failure::new("encode", Blame::Local, error.to_string(), "please report this")),
-        Err(_) => Err(Failure::new("encode", Blame::Local, "a codec thread failed", "please report this")),
+/// Encodes one segment on the pool. An error says, in words, what failed on this node.
+async fn encode(share: Share, segment: Segment, compression: Compression) -> Result<EncodedChunk, String> {
+    let result = share
+        .run(move |worker| {
+            let mut payload = Vec::new();
+            let done = match worker.encoder.encode(&segment, compression, &mut payload) {
+                Ok(done) => done,
+                Err(error) => {
+                    // An index that does not fit its bytes is an error of ours; the bytes are right all the same.
+                    tracing::error!(%error, "segment sent as opaque bytes; please report this");
+                    let segment = Segment::opaque(segment.offset, segment.bytes.clone(), segment.version);
+                    worker.encoder.encode(&segment, compression, &mut payload)?
+                }
+            };
+            Ok(EncodedChunk::new(
+                done.codec,
+                Lane(0),
+                segment.version,
+                segment.offset,
+                segment.bytes.len() as u32,
+                done.raw_len,
+                payload.into(),
+            ))
+        })
+        .await;
+    match result.await {
+        Ok(Ok(chunk)) => Ok(chunk),
+        Ok(Err(error)) => Err::<_, dwcp_hde::EncodeError>(error).map_err(|error| error.to_string()),
+        Err(_) => Err("a codec thread failed".to_owned()),
     }
 }
 
 /// The state between encoder and connections.
-struct Stage {
+pub(crate) struct Stage {
     out: Outgoing,
+    mode: Mode,
     started: Instant,
     sealer: Sealer,
     sender: Sender,
     /// What was sealed and not acknowledged, from `base` on.
     kept: VecDeque<SealedChunk>,
     base: Seq,
-    links: HashMap<LinkId, mpsc::Sender<SealedChunk>>,
+    /// The digest of what was acknowledged.
+    carried: [u8; 32],
+    links: HashMap<LinkId, (mpsc::Sender<SealedChunk>, Gauge)>,
+    streams: u32,
     seen_links: u32,
     end: Option<(StreamOffset, [u8; 32])>,
     busy_since: Option<Instant>,
 }
 
 impl Stage {
-    fn new(out: Outgoing) -> Self {
-        let sender = Sender::new(out.session.choice.window, Pace::new(out.budget));
+    fn new(out: Outgoing, leg: &Leg) -> Self {
+        let sender = Sender::from(leg.from, leg.choice.window, Pace::new(out.budget));
         Stage {
-            sealer: Sealer::new(out.session.id),
+            sealer: Sealer::from(leg.id, leg.from),
             out,
+            mode: leg.mode,
             started: Instant::now(),
             sender,
             kept: VecDeque::new(),
             base: Seq(0),
+            carried: leg.id.0,
             links: HashMap::new(),
+            streams: leg.choice.streams,
             seen_links: 0,
             end: None,
             busy_since: None,
@@ -185,25 +194,53 @@ impl Stage {
         self.started.elapsed()
     }
 
+    /// The end was sealed: the way leads forward only.
+    fn ending(&self) -> bool {
+        self.end.is_some()
+    }
+
     fn wants_more(&self) -> bool {
         self.end.is_none() && self.sender.has_room()
     }
 
-    fn push(&mut self, chunk: Option<EncodedChunk>) {
-        let sealed = match chunk {
-            Some(chunk) => self.sealer.seal(&self.out.session.key, chunk),
-            None => {
-                let end = self.sealer.seal_end(&self.out.session.key);
-                self.end = Some((end.header().offset, end.header().hash()));
-                end
-            }
-        };
+    fn push(&mut self, chunk: EncodedChunk) {
+        let sealed = self.sealer.seal(&self.out.session.key, chunk);
+        self.out.counters.chunks.add(1);
+        self.keep(sealed);
+    }
+
+    fn push_end(&mut self) {
+        let end = self.sealer.seal_end(&self.out.session.key);
+        self.end = Some((end.header().offset, end.header().hash()));
+        self.keep(end);
+    }
+
+    fn keep(&mut self, sealed: SealedChunk) {
         self.sender.push(sealed.wire_len(), sealed.header().weight(), sealed.header().end());
         self.kept.push_back(sealed);
-        if self.end.is_none() {
-            self.out.counters.chunks.add(1);
-        }
         self.busy_since.get_or_insert_with(Instant::now);
+    }
+
+    /// Ends the connections at once, with all that was written to them and not sent yet.
+    fn cut(&mut self) {
+        self.links.values().for_each(|(_, gauge)| gauge.cut());
+        self.links.clear();
+        self.idle();
+    }
+
+    /// The digest of what this leg carried before `offset`, from which the next one goes on.
+    pub(crate) fn carried_until(&mut self, reel: &mut Reel, offset: u64) -> Result<[u8; 32], Failure> {
+        while self.kept.front().is_some_and(|chunk| chunk.header().end().0 <= offset) {
+            // An end chunk ends where the last one did: it counts only if the peer had applied it, and then nothing turns.
+            let Some(chunk) = self.kept.pop_front().filter(|c| c.header().stream_len > 0) else { break };
+            self.carried = chunk.header().hash();
+        }
+        if self.kept.front().is_some_and(|chunk| chunk.header().offset.0 < offset) {
+            let text = format!("the peer says it stopped at byte {offset}, within a chunk");
+            return Err(Failure::new("forged_ack", Blame::PeerMisbehaving, text, ""));
+        }
+        reel.trim(offset, |_| {}).map_err(super::carry::beyond_end)?;
+        Ok(self.carried)
     }
 
     /// Hands chunks to connections; how long to wait if the bandwidth limit holds them back.
@@ -216,7 +253,7 @@ impl Stage {
             }
             let (link, seq) = self.sender.poll_transmit(now)?;
             let chunk = self.kept.get((seq.0 - self.base.0) as usize).cloned();
-            let (Some(chunk), Some(writer)) = (chunk, self.links.get(&link)) else { continue };
+            let (Some(chunk), Some((writer, _))) = (chunk, self.links.get(&link)) else { continue };
             self.out.bucket().spend(chunk_frame_len(&chunk), now);
             if writer.try_send(chunk).is_err() {
                 // Its task has ended; its own word of it is on the way.
@@ -226,7 +263,7 @@ impl Stage {
         }
     }
 
-    fn acked(&mut self, ack: Ack) -> Result<(), Failure> {
+    fn acked(&mut self, ack: Ack, reel: &mut Reel) -> Result<(), Failure> {
         let now = self.now();
         let rtt = self.out.counters.rtt_us.load();
         if rtt > 0 {
@@ -238,12 +275,15 @@ impl Stage {
         }
         let acked = self.sender.ack(Seq(ack.next), StreamOffset(ack.applied), now).map_err(broken)?;
         let freed = (acked.to.0 - acked.from.0) as usize;
-        self.kept.drain(..freed.min(self.kept.len()));
+        if let Some(last) = self.kept.drain(..freed.min(self.kept.len())).last() {
+            self.carried = last.header().hash();
+        }
         self.base = acked.to;
+        reel.trim(ack.applied, |_| {}).map_err(super::carry::beyond_end)?;
         self.out.counters.rate.set(self.sender.pace().rate() as u64);
         self.count_again();
         for latency in acked.latencies {
-            self.out.metrics.v3_acknowledged(self.out.session.mode, latency);
+            self.out.metrics.v3_acknowledged(self.mode, latency);
         }
         for refusal in ack.refused {
             debug!(
@@ -253,12 +293,17 @@ impl Stage {
             );
             self.sender.nack(Seq(refusal.seq), refusal.times).map_err(broken)?;
         }
-        if self.sender.is_idle()
-            && let Some(since) = self.busy_since.take()
-        {
-            self.out.metrics.busy(Some(self.out.session.mode), since.elapsed());
+        if self.sender.is_idle() {
+            self.idle();
         }
         Ok(())
+    }
+
+    /// Nothing is on its way any more.
+    fn idle(&mut self) {
+        if let Some(since) = self.busy_since.take() {
+            self.out.metrics.busy(Some(self.mode), since.elapsed());
+        }
     }
 
     fn count_again(&mut self) {
@@ -269,11 +314,11 @@ impl Stage {
 
     fn link(&mut self, event: LinkEvent) -> Result<(), Failure> {
         match event {
-            LinkEvent::Up(link, writer) => {
-                self.links.insert(link, writer);
+            LinkEvent::Up(link, writer, gauge) => {
+                self.links.insert(link, (writer, gauge));
                 self.sender.link_up(link);
                 self.seen_links += 1;
-                if self.seen_links > self.out.session.choice.streams {
+                if self.seen_links > self.streams {
                     self.out.counters.reconnects.add(1);
                     self.out.metrics.reconnected();
                 }
@@ -285,7 +330,7 @@ impl Stage {
             }
             LinkEvent::Written(link, bytes) => {
                 self.sender.written(link);
-                self.out.sent(bytes);
+                self.out.sent_v3(self.mode, bytes);
             }
             LinkEvent::Failed(failure) => return Err(failure),
         }
@@ -312,12 +357,13 @@ fn broken(error: SenderError) -> Failure {
 }
 
 /// Keeps one data connection up and writes the chunks that it is given.
-async fn serve_link(dialler: Dialler, out: Outgoing, link: LinkId, events: mpsc::Sender<LinkEvent>) {
+async fn serve_link(out: Outgoing, leg: Leg, link: LinkId, events: mpsc::Sender<LinkEvent>) {
+    let dialler: &Dialler = &out.dialler;
     loop {
-        let error = match dialler.join(&out.session, Purpose::Chunks, link.0.into()).await {
-            Ok((reader, writer, _)) => {
+        let error = match dialler.join(&out.session, &leg, Purpose::Chunks, link.0.into()).await {
+            Ok((reader, writer, _, gauge)) => {
                 let (chunks_tx, chunks) = mpsc::channel(LINK_QUEUE as usize);
-                if events.send(LinkEvent::Up(link, chunks_tx)).await.is_err() {
+                if events.send(LinkEvent::Up(link, chunks_tx, gauge)).await.is_err() {
                     return;
                 }
                 let Some(error) = write_link(reader, writer, link, chunks, &events).await else { return };

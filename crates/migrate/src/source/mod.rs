@@ -6,9 +6,12 @@
 //! ```
 
 mod bytes;
+mod carry;
 mod chunks;
+mod helm;
 mod ingest;
 mod plan;
+mod reel;
 mod run;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,8 +20,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use dwcp_link::DialOptions;
 use dwcp_proto::handover::{AbortReason, Afterwards, Source};
 use dwcp_proto::journal::{Job, Prepared};
-use dwcp_proto::{MigrationId, Path, Side};
-use tokio::sync::mpsc;
+use dwcp_proto::negotiate::Wish;
+use dwcp_proto::{Leg, MigrationId, Mode, Path, Side};
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::{Instrument, info, warn};
 
@@ -35,9 +39,10 @@ use crate::recovery::{self, Revived};
 use crate::reins::Reins;
 use crate::report::Report;
 use crate::shared::Shared;
-use crate::spec::{Leave, MigrateSpec};
+use crate::spec::{Leave, MigrateSpec, PathWish};
 use crate::status::Phase;
 
+pub(crate) use helm::SwitchOrder;
 pub(crate) use plan::{Plan, check, failures, plan};
 pub(crate) use run::closing;
 
@@ -59,6 +64,10 @@ pub(crate) struct Outgoing {
     /// Part of the downtime that bytes in flight may take.
     budget: Duration,
     bucket: Arc<Mutex<Bucket>>,
+    /// What the caller wished for, for the legs after the first.
+    wish: Wish,
+    /// The leg that the data is on.
+    leg: Arc<watch::Sender<Leg>>,
 }
 
 impl Outgoing {
@@ -66,12 +75,20 @@ impl Outgoing {
         self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes were given to the network.
-    fn sent(&self, bytes: u64) {
+    /// Bytes were given to the network on v3.
+    fn sent_v3(&self, mode: Mode, bytes: u64) {
         self.counters.wire.add(bytes);
-        if self.session.path == Path::V3 {
-            self.metrics.v3_wire(self.session.mode, bytes);
-        }
+        self.metrics.v3_wire(mode, bytes);
+    }
+
+    /// The leg that the data is on.
+    fn leg(&self) -> Leg {
+        self.leg.borrow().clone()
+    }
+
+    /// The data goes on as this leg.
+    fn begin(&self, leg: &Leg) {
+        self.leg.send_replace(leg.clone());
     }
 }
 
@@ -110,11 +127,11 @@ async fn attempt(
         plan = prepare => plan?,
         () = reins.cancelled() => return Err(cancelled()),
     };
-    let Plan { guest, met, choice, dialler, guest_ran, downtime, .. } = plan;
+    let Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, .. } = plan;
     // Before the destination is bound to the session: a disk that cannot take a journal is no reason to keep it waiting.
     let journal =
         Journal::create(&shared.config.state_dir, id, Side::Source).await.map_err(journal_failure)?;
-    let (session, reader, writer) = match met.confirm(shared.config.key.clone(), choice).await {
+    let (session, reader, writer) = match met.confirm(shared.config.key.clone(), choice, offer).await {
         Ok(confirmed) => confirmed,
         Err(failure) => {
             journal.discard();
@@ -122,8 +139,8 @@ async fn attempt(
         }
     };
     let session = Arc::new(session);
-    info!(session = %session.id, path = session.path.name(), mode = session.mode.name(), "session stands");
-    in_flight.path(session.path);
+    info!(session = %session.id, path = session.leg.path.name(), mode = session.leg.mode.name(), "session stands");
+    in_flight.path(session.leg.path);
     report.session(&session);
     report.set(|s| s.phase = Phase::Connecting);
 
@@ -147,7 +164,7 @@ async fn attempt(
             peer_addr: Some(spec.addr),
             qmp: guest.path().display().to_string(),
             session: session.id,
-            path: session.path.name().to_owned(),
+            path: session.leg.path.name().to_owned(),
             started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
             vmm: guest.process(),
         },
@@ -161,6 +178,7 @@ async fn attempt(
     let machine = Machine::Source(Source::new(prepared));
     let pilot = Pilot::new(machine, journal, session.clone(), control.clone(), guest.clone());
     let outgoing = Outgoing {
+        leg: Arc::new(watch::Sender::new(session.leg.clone())),
         session,
         dialler,
         share: shared.pool.share(),
@@ -168,11 +186,18 @@ async fn attempt(
         metrics: shared.metrics.clone(),
         budget: downtime.in_flight,
         bucket: Arc::new(Mutex::new(Bucket::new(spec.bandwidth_limit))),
+        wish,
     };
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
     run.vmm_limit = downtime.vmm;
     run.deadline = deadline;
     run.data = Some(data);
+    run.fixed = match spec.path {
+        PathWish::Auto => None,
+        PathWish::V1 => Some(Path::V1),
+        PathWish::V3 => Some(Path::V3),
+    };
+    run.switches = reins.switches();
     run.in_flight = Some(in_flight);
     run.drive(events, reins).await;
     // Dropping the control lets its task say what is queued, then close.
@@ -209,6 +234,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
     let pilot =
         Pilot::new(Machine::Source(machine), journal, session.clone(), control.clone(), guest.clone());
     let outgoing = Outgoing {
+        leg: Arc::new(watch::Sender::new(session.leg.clone())),
         session,
         dialler,
         share: shared.pool.share(),
@@ -216,6 +242,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         metrics: shared.metrics.clone(),
         budget: Duration::ZERO,
         bucket: Arc::new(Mutex::new(Bucket::new(None))),
+        wish: Wish::default(),
     };
     let mut run = Run::new(&shared, &id, &report, pilot, guest, control, outgoing);
     run.dark_since = Some(Instant::now());

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use dwcp_link::DialOptions;
-use dwcp_proto::message::{Choice, Hello};
+use dwcp_proto::message::{Choice, Hello, Offer};
 use dwcp_proto::negotiate::{Impossible, Wish, choose};
 use dwcp_proto::{MigrationId, Mode, Path};
 use dwcp_vmm::describe::VmDescription;
@@ -65,6 +65,8 @@ pub(crate) struct Plan {
     pub(crate) dialler: Dialler,
     pub(crate) guest_ran: bool,
     pub(crate) downtime: Downtime,
+    pub(crate) wish: Wish,
+    pub(crate) offer: Offer,
     problems: Vec<Failure>,
     notes: Vec<String>,
 }
@@ -191,7 +193,7 @@ pub(crate) async fn plan(
         Ok(downtime) => downtime,
         Err(failure) => return Err(together(problems, failure)),
     };
-    Ok(Plan { guest, met, choice, dialler, guest_ran, downtime, problems, notes })
+    Ok(Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, problems, notes })
 }
 
 /// `migrate --check`.

@@ -9,20 +9,23 @@ use dwcp_proto::message::Body;
 use dwcp_proto::{MigrationId, Path};
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
 use dwcp_vmm::socket;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{Instrument, debug, warn};
 
-use super::{Outgoing, bytes, cancelled, chunks, ingest};
-use crate::control::{Control, DataEvent, Event};
+use super::carry::{Peer, carry};
+use super::helm::{Helm, SwitchOrder};
+use super::reel::Reel;
+use super::{Outgoing, cancelled, ingest};
+use crate::control::{Control, Event};
 use crate::counters::Counters;
 use crate::error::{Blame, Failure};
 use crate::guest::{Guest, next_event, open_failure, qmp_failure};
 use crate::metrics::InFlight;
 use crate::pilot::{Pilot, Step};
 use crate::reins::{Pull, Reins};
-use crate::report::Report;
+use crate::report::{Report, Turned};
 use crate::shared::Shared;
 use crate::status::Phase;
 
@@ -38,6 +41,8 @@ const SWITCHOVER_PATIENCE: Duration = Duration::from_secs(10);
 const PRECOPY_PATIENCE: Duration = Duration::from_secs(3600);
 /// How long a migration that is asked to end at the agent's stop may take.
 const GRACE: Duration = Duration::from_secs(8);
+/// Changes of path that may wait to be recorded.
+const TURNS: usize = 16;
 /// No limit, as QEMU understands it: what the agent takes is what bounds it.
 const UNLIMITED: u64 = 1 << 40;
 
@@ -61,7 +66,16 @@ pub(super) struct Run {
     /// The data path's task.
     transport: JoinSet<Result<Transfer, Failure>>,
     /// What the peer says to the data path, until that is started.
-    pub(super) data: Option<mpsc::Receiver<DataEvent>>,
+    pub(super) data: Option<Peer>,
+    /// The path that the caller asked for by name.
+    pub(super) fixed: Option<Path>,
+    /// An operator's wishes for a path, until the data path takes them.
+    pub(super) switches: Option<mpsc::Receiver<SwitchOrder>>,
+    /// The guest stands still for the switchover.
+    stopped: watch::Sender<bool>,
+    /// The changes of path that were made.
+    turns_tx: mpsc::Sender<Turned>,
+    turns: mpsc::Receiver<Turned>,
     /// The task that asks the VMM how far it is, and its answers.
     monitor: JoinSet<()>,
     info_tx: mpsc::Sender<MigrationInfo>,
@@ -78,6 +92,8 @@ pub(super) struct Run {
     fraction: f64,
     /// What was reported to the metrics so far: stream bytes, guest bytes.
     carried: (u64, u64),
+    /// The path that carried what is not reported yet.
+    counted: Path,
 }
 
 impl Run {
@@ -91,6 +107,7 @@ impl Run {
         outgoing: Outgoing,
     ) -> Self {
         let (info_tx, info) = mpsc::channel(1);
+        let (turns_tx, turns) = mpsc::channel(TURNS);
         Run {
             shared: shared.clone(),
             id: id.clone(),
@@ -98,7 +115,6 @@ impl Run {
             pilot,
             guest,
             control,
-            outgoing,
             vmm_limit: Duration::ZERO,
             deadline: None,
             failure: None,
@@ -106,6 +122,11 @@ impl Run {
             in_flight: None,
             transport: JoinSet::new(),
             data: None,
+            fixed: None,
+            switches: None,
+            stopped: watch::Sender::new(false),
+            turns_tx,
+            turns,
             monitor: JoinSet::new(),
             info_tx,
             info,
@@ -117,6 +138,8 @@ impl Run {
             dark_since: None,
             fraction: 0.0,
             carried: (0, 0),
+            counted: outgoing.session.leg.path,
+            outgoing,
         }
     }
 
@@ -173,9 +196,11 @@ impl Run {
                 () = async { match deadline { Some(d) => sleep_until(d).await, None => std::future::pending().await } } => {
                     self.deadline = None;
                     let advice = AbortReason::Deadline.advice();
-                    self.fail(AbortReason::Deadline, Failure::new("deadline", Blame::Operator, "the deadline passed", advice)).await;
+                    let text = self.deadline_text();
+                    self.fail(AbortReason::Deadline, Failure::new("deadline", Blame::Operator, text, advice)).await;
                 }
                 Some(info) = self.info.recv() => self.progress(info).await,
+                Some(turned) = self.turns.recv() => self.turned(turned).await,
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 _ = tick.tick() => self.look().await,
                 // What cannot be ended now is gone on with from the journal.
@@ -264,16 +289,16 @@ impl Run {
         let stream = socket::open_outgoing(&qemu).await.map_err(open_failure)?;
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
         let Some(data) = self.data.take() else { return Ok(()) };
+        let Some(switches) = self.switches.take() else { return Ok(()) };
         let (out, control) = (self.outgoing.clone(), self.control.clone());
-        let report = self.report.clone();
+        let (report, leg, config) = (self.report.clone(), out.leg(), &self.shared.config);
+        let stopped = self.stopped.subscribe();
+        let helm =
+            Helm::new(leg.path, self.fixed, config.gate.clone(), switches, stopped, None);
+        let turns = self.turns_tx.clone();
         let carry = async move {
-            let read = ingest::ingest(stream, out.session.mode, segments_tx, report);
-            let send = async {
-                match out.session.path {
-                    Path::V3 => chunks::send(out, segments, data).await,
-                    Path::V1 => bytes::send(out, control, segments, data).await,
-                }
-            };
+            let read = ingest::ingest(stream, leg.mode, segments_tx, report);
+            let send = carry(out, control, Reel::new(segments), data, helm, turns);
             tokio::pin!(read, send);
             tokio::select! {
                 outcome = &mut send => outcome,
@@ -315,6 +340,30 @@ impl Run {
         }
     }
 
+    /// That the deadline passed, and what else the operator should know of it.
+    fn deadline_text(&self) -> String {
+        let turned = self.report.status().fallback_reasons.into_iter().rfind(|_| self.counted == Path::V1);
+        match turned {
+            Some(reason) => format!("the deadline passed; v1 could not keep it (why v1: {reason})"),
+            None => "the deadline passed".to_owned(),
+        }
+    }
+
+    /// The data is on another leg.
+    async fn turned(&mut self, Turned { leg, change }: Turned) {
+        // What was carried so far counts for the path that carried it.
+        self.count();
+        self.counted = leg.path;
+        let (path, cause) = (leg.path, change.cause);
+        self.report.turned(&leg, cause.code(), &change.reason);
+        self.shared.metrics.switched(path, cause);
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.path(path);
+        }
+        let text = format!("to {} from byte {} on: {cause}: {}", path.name(), leg.from, change.reason);
+        self.pilot.note("path_switch", text).await;
+    }
+
     async fn qmp_event(&mut self, event: QmpEvent) {
         match event.kind() {
             EventKind::Stop if self.stopped_at.is_none() && self.data.is_none() => {
@@ -323,11 +372,13 @@ impl Run {
                 let migration = self.report.started().elapsed();
                 let age = event.at.and_then(|at| now.checked_sub(at)).filter(|age| *age < migration);
                 self.stopped_at = Instant::now().checked_sub(age.unwrap_or_default());
+                self.stopped.send_replace(true);
                 self.report.set(|s| s.phase = s.phase.max(Phase::Switchover));
                 self.pilot.note("switchover", "the guest stopped").await;
             }
             EventKind::Resume => {
                 self.stopped_at = None;
+                self.stopped.send_replace(false);
                 let back = |p| if p == Phase::Switchover { Phase::Precopy } else { p };
                 self.report.set(|s| s.phase = back(s.phase));
             }
@@ -368,12 +419,14 @@ impl Run {
                 AbortReason::Integrity
             }
             Blame::Link => AbortReason::LinkLost,
+            Blame::Operator if failure.code == "v1_barred" => AbortReason::Policy,
             Blame::Operator | Blame::PeerIncompatible => AbortReason::PeerAborted,
             Blame::Vmm => AbortReason::VmmFailedSource,
             Blame::Local => AbortReason::Resources,
         };
-        if self.outgoing.session.path == Path::V3 {
-            self.shared.metrics.v3_error(self.outgoing.session.mode, failure.blame);
+        let leg = self.outgoing.leg();
+        if leg.path == Path::V3 {
+            self.shared.metrics.v3_error(leg.mode, failure.blame);
         }
         self.fail(reason, failure).await;
     }
@@ -424,10 +477,14 @@ impl Run {
         let counters = &self.outgoing.counters;
         let (raw, guest) = (counters.raw.load(), counters.guest.load());
         let metrics = &self.shared.metrics;
-        match self.outgoing.session.path {
+        match self.counted {
             Path::V1 => metrics.v1_carried(raw - self.carried.0),
             Path::V3 => {
-                metrics.v3_carried(self.outgoing.session.mode, raw - self.carried.0, guest - self.carried.1);
+                metrics.v3_carried(
+                    self.outgoing.session.leg.mode,
+                    raw - self.carried.0,
+                    guest - self.carried.1,
+                );
             }
         }
         self.carried = (raw, guest);

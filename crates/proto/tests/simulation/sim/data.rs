@@ -233,7 +233,7 @@ impl<S: Seal> Incoming<S> {
         let (next, applied) = (self.receiver.next().0, self.receiver.offset().0);
         let lacking = self.altered.iter().filter(|(seq, _)| self.receiver.lacks(Seq(**seq)));
         let refused = lacking.map(|(seq, times)| Refusal { seq: *seq, times: *times }).collect();
-        self.ack = Ack { next, applied, refused };
+        self.ack = Ack { next, applied, refused, leg: 0 };
     }
 
     pub(crate) fn sink(

@@ -1,0 +1,140 @@
+//! When the data path of a running migration turns to another path: `dwcp_proto::path` with a clock, the flag, the operator and this
+//! node's own troubles.
+
+use std::future::pending;
+use std::time::{Duration, Instant};
+
+use dwcp_proto::Path;
+use dwcp_proto::path::{Cause, Change, PathChoice, Permit};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::sleep;
+use tracing::info;
+
+use crate::config::{Gate, Running};
+use crate::error::{Blame, Failure};
+use crate::report::anon_bytes;
+
+/// After so long without a word against it a migration goes (back) to v3. The flag has its own, longer, patience.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two looks at this node's memory.
+const LOOK: Duration = Duration::from_secs(1);
+/// Memory counts as short again only above this part of what is allowed, so that it does not flap.
+const EASED: f64 = 0.8;
+
+/// An operator's wish for a path, and where to answer it.
+pub(crate) struct SwitchOrder {
+    pub(crate) path: Path,
+    pub(crate) reply: oneshot::Sender<Result<String, Failure>>,
+}
+
+/// See the module.
+pub(crate) struct Helm {
+    choice: PathChoice,
+    started: Instant,
+    gate: watch::Receiver<Gate>,
+    orders: mpsc::Receiver<SwitchOrder>,
+    /// The guest stands still for the switchover: from then on the way leads forward only.
+    stopped: watch::Receiver<bool>,
+    /// Anonymous memory that this agent may take; none is no limit.
+    memory: Option<u64>,
+    said: bool,
+}
+
+impl Helm {
+    pub(crate) fn new(
+        path: Path,
+        fixed: Option<Path>,
+        mut gate: watch::Receiver<Gate>,
+        orders: mpsc::Receiver<SwitchOrder>,
+        stopped: watch::Receiver<bool>,
+        memory: Option<u64>,
+    ) -> Self {
+        let permit = permit(&gate.borrow_and_update());
+        let choice = PathChoice::new(path, fixed, permit, PATIENCE, Duration::ZERO);
+        Helm { choice, started: Instant::now(), gate, orders, stopped, memory, said: false }
+    }
+
+    /// Waits until the path should change. Cancel safe.
+    pub(crate) async fn turn(&mut self) -> Change {
+        loop {
+            let now = self.started.elapsed();
+            let stopped = *self.stopped.borrow_and_update();
+            if let Some(change) = self.choice.poll(now) {
+                if !stopped {
+                    return change;
+                }
+                if !std::mem::replace(&mut self.said, true) {
+                    info!(to = change.to.name(), cause = %change.cause, reason = %change.reason,
+                        "the switchover has begun: it is finished on the present path");
+                }
+            }
+            let wait = self.choice.next_poll(now).filter(|wait| !wait.is_zero());
+            let memory = self.memory.is_some();
+            tokio::select! {
+                Ok(()) = self.gate.changed() => {
+                    let permit = permit(&self.gate.borrow_and_update());
+                    self.choice.permit(permit, self.started.elapsed());
+                }
+                Ok(()) = self.stopped.changed() => {}
+                Some(order) = self.orders.recv() => self.obey(order, stopped),
+                () = async { match wait { Some(wait) => sleep(wait).await, None => pending().await } } => {}
+                () = sleep(LOOK), if memory => self.look(),
+            }
+        }
+    }
+
+    /// What the destination says of v3.
+    pub(crate) fn veto(&mut self, reason: &str) {
+        let veto = (!reason.is_empty()).then(|| reason.to_owned());
+        self.choice.veto(veto, self.started.elapsed());
+    }
+
+    /// The encoder has failed: this migration has no more use for it.
+    pub(crate) fn encoder_failed(&mut self, why: String) {
+        self.choice.trouble(Some((Cause::Encoder, why)), self.started.elapsed());
+    }
+
+    /// The data is on `path` from now on.
+    pub(crate) fn turned(&mut self, path: Path) {
+        self.choice.changed(path, self.started.elapsed());
+    }
+
+    fn obey(&mut self, order: SwitchOrder, stopped: bool) {
+        let answer = if stopped {
+            let text = "the switchover has begun: it is finished on the present path";
+            Err(Failure::new("too_late", Blame::Operator, text, "wait for the end"))
+        } else if order.path == self.choice.path() {
+            self.choice.ask(order.path).ok();
+            Ok(format!("the migration is on {} already, and stays there", order.path.name()))
+        } else {
+            match self.choice.ask(order.path) {
+                Ok(()) => Ok(format!("the migration changes to {}", order.path.name())),
+                Err(why) => Err(Failure::new("v3_barred", Blame::Operator, why, "see dwcpctl flags")),
+            }
+        };
+        // The operator may have gone away; the order stands.
+        let _ = order.reply.send(answer);
+    }
+
+    fn look(&mut self) {
+        let Some(limit) = self.memory else { return };
+        let used = anon_bytes();
+        let now = self.started.elapsed();
+        if used > limit {
+            let text =
+                format!("the agent takes {} MiB of memory, more than [limits] memory allows", used >> 20);
+            self.choice.trouble(Some((Cause::Memory, text)), now);
+        } else if (used as f64) < limit as f64 * EASED {
+            self.choice.lifted(Cause::Memory, now);
+        }
+    }
+}
+
+fn permit(gate: &Gate) -> Permit {
+    let running = gate.source.running;
+    Permit {
+        stay: running != Running::Leave,
+        enter: running == Running::Return,
+        reason: gate.source.reason.text.clone(),
+    }
+}
