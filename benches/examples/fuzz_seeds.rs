@@ -6,7 +6,7 @@ use std::path::Path;
 use std::{fs, io};
 
 use dwcp_hde::testing::SegmentBuilder;
-use dwcp_hde::{Choice, Encoder};
+use dwcp_hde::{Choice, Encoder, Holding, Layers, Memory};
 use dwcp_proto::frame::Head;
 use dwcp_proto::journal::{self, Chain, Entry, Note};
 use dwcp_proto::message::{Ack, Body, Hello, Message, Offer, Ping};
@@ -15,7 +15,12 @@ use dwcp_vmm::sim::StreamWriter;
 
 fn main() -> io::Result<()> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
-    for (target, seeds) in [("stream_parse", streams()), ("chunk_decode", chunks()), ("frame", frames())] {
+    for (target, seeds) in [
+        ("stream_parse", streams()),
+        ("chunk_decode", chunks()),
+        ("chunk_replay", references()),
+        ("frame", frames()),
+    ] {
         let folder = corpus.join(target);
         fs::create_dir_all(&folder)?;
         for (seed, n) in seeds.iter().zip(0..) {
@@ -75,6 +80,26 @@ fn chunks() -> Vec<Vec<u8>> {
         }
     }
     seeds
+}
+
+/// Payloads with references of every kind to pages 0 to 3, behind the size of the cache and what these hold.
+fn references() -> Vec<Vec<u8>> {
+    const HELD: [u8; 4096] = [0x77; 4096];
+    let mut memory = Memory::new(Layers::ALL, Holding::All, &[1; 32], 1 << 20);
+    let (mut encoder, mut payload) = (Encoder::new(), Vec::new());
+    let mut held = SegmentBuilder::new();
+    (0..4).for_each(|index| {
+        held.page(b"pc.ram", index, &HELD);
+    });
+    let mut again = SegmentBuilder::new();
+    let mut changed = HELD;
+    changed[200] = 1;
+    again.page(b"pc.ram", 0, &HELD).page(b"pc.ram", 1, &changed).page(b"pc.ram", 4, &HELD).zero(b"pc.ram", 5);
+    let mut write = |segment| -> Option<Vec<u8>> {
+        encoder.read(&segment, Some(&mut memory)).ok()?.write(Choice::Raw, &mut payload);
+        Some([&[7, HELD[0]], &payload[..]].concat())
+    };
+    [write(held.finish(0)), write(again.finish(0))].into_iter().flatten().collect()
 }
 
 /// Heads, messages, chunk headers and journals behind the byte that says which.

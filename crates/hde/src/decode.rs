@@ -1,10 +1,11 @@
 //! A chunk's payload back to records.
 
+use bytes::Bytes;
 use dwcp_proto::limits::{MAX_RAW_PAYLOAD, MAX_SEGMENT_BYTES, MAX_WIRE_PAYLOAD};
 use dwcp_proto::{Codec, VerifiedChunk};
 
 use crate::codec::{Decompressor, Refusal};
-use crate::content::{Content, Table};
+use crate::content::{Content, Parts, Table};
 use crate::format::TableError;
 use crate::zstd_frame::FrameError;
 
@@ -47,6 +48,22 @@ impl DecodeError {
     }
 }
 
+/// A chunk that is ready to be applied, in memory of its own.
+#[derive(Debug)]
+pub struct Unpacked {
+    raw: Bytes,
+    parts: Parts,
+    table: Table,
+    stream_len: usize,
+}
+
+impl Unpacked {
+    /// What is in it.
+    pub fn content(&self) -> Content<'_> {
+        Content::of(&self.raw, &self.parts, &self.table, self.stream_len)
+    }
+}
+
 /// Decodes chunks, one after the other and in any order; each worker has its own.
 pub struct Decoder {
     decompressor: Decompressor,
@@ -59,22 +76,30 @@ impl Decoder {
         Decoder { decompressor: Decompressor::new(), table: Table::default() }
     }
 
-    /// Opens a chunk of data: decompresses its payload if need be and checks all of it. The content lends
-    /// from the chunk (raw) or from the decoder's buffer, so no page is copied here. An end of stream has no
-    /// content: it is refused.
+    /// Opens a chunk of data without references: decompresses its payload if need be and checks all of it. The
+    /// content lends from the chunk (raw) or from the decoder's buffer, so no page is copied here. An end of
+    /// stream has no content: it is refused.
     pub fn open<'a>(&'a mut self, chunk: &'a VerifiedChunk) -> Result<Content<'a>, DecodeError> {
         let header = chunk.header();
         self.open_parts(header.codec, chunk.payload(), header.raw_len as usize, header.stream_len as usize)
     }
 
-    /// Appends the chunk's stretch of the VMM's stream to `out`, exactly as many bytes as its header
-    /// announces; nothing if it is refused.
+    /// Appends the stretch of the VMM's stream of a chunk without references to `out`, exactly as many bytes as its
+    /// header announces; nothing if it is refused.
     pub fn decode(&mut self, chunk: &VerifiedChunk, out: &mut Vec<u8>) -> Result<(), DecodeError> {
-        self.open(chunk)?.write_stream(out);
+        write(self.open(chunk)?, out);
         Ok(())
     }
 
-    /// The same for a payload that nobody signed, with the lengths that a header would announce.
+    /// Decompresses a chunk of data and checks all of it, references included, so that it can be applied when its
+    /// turn comes. It takes memory of its own: at most `MAX_RAW_PAYLOAD`, unless the chunk is raw.
+    pub fn unpack(&mut self, chunk: &VerifiedChunk) -> Result<Unpacked, DecodeError> {
+        let header = chunk.header();
+        let (raw_len, stream_len) = (header.raw_len as usize, header.stream_len as usize);
+        self.unpack_parts(header.codec, chunk.payload().clone(), raw_len, stream_len)
+    }
+
+    /// As [`decode`](Self::decode) for a payload that nobody signed, with the lengths that a header would announce.
     #[cfg(any(test, feature = "testing"))]
     pub fn decode_unverified(
         &mut self,
@@ -84,26 +109,50 @@ impl Decoder {
         stream_len: usize,
         out: &mut Vec<u8>,
     ) -> Result<(), DecodeError> {
-        self.open_parts(codec, payload, raw_len, stream_len)?.write_stream(out);
+        write(self.open_parts(codec, payload, raw_len, stream_len)?, out);
         Ok(())
     }
 
-    pub(crate) fn open_parts<'a>(
+    /// As [`unpack`](Self::unpack) for a payload that nobody signed.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn unpack_unverified(
+        &mut self,
+        codec: Codec,
+        payload: &[u8],
+        raw_len: usize,
+        stream_len: usize,
+    ) -> Result<Unpacked, DecodeError> {
+        self.unpack_parts(codec, Bytes::copy_from_slice(payload), raw_len, stream_len)
+    }
+
+    fn open_parts<'a>(
         &'a mut self,
         codec: Codec,
         payload: &'a [u8],
         raw_len: usize,
         stream_len: usize,
     ) -> Result<Content<'a>, DecodeError> {
-        within("wire length", payload.len(), MAX_WIRE_PAYLOAD)?;
-        within("raw length", raw_len, MAX_RAW_PAYLOAD)?;
-        within("stream length", stream_len, MAX_SEGMENT_BYTES)?;
-        let raw = self.decompressor.decompress(codec, payload, raw_len).map_err(|refusal| match refusal {
-            Refusal::Length => DecodeError::Length { what: "raw length", len: raw_len },
-            Refusal::Frame(error) => DecodeError::Frame(error),
-            Refusal::Corrupt => DecodeError::Corrupt { codec, raw_len },
-        })?;
-        Ok(Content::parse(raw, stream_len, &mut self.table)?)
+        check_lengths(payload.len(), raw_len, stream_len)?;
+        let raw = self.decompressor.decompress(codec, payload, raw_len);
+        let raw = raw.map_err(|refusal| refused(refusal, codec, raw_len))?;
+        let parts = Content::parse(raw, stream_len, false, &mut self.table)?;
+        Ok(Content::of(raw, &parts, &self.table, stream_len))
+    }
+
+    fn unpack_parts(
+        &mut self,
+        codec: Codec,
+        payload: Bytes,
+        raw_len: usize,
+        stream_len: usize,
+    ) -> Result<Unpacked, DecodeError> {
+        check_lengths(payload.len(), raw_len, stream_len)?;
+        let raw = self.decompressor.decompress(codec, &payload, raw_len);
+        let raw = raw.map_err(|refusal| refused(refusal, codec, raw_len))?;
+        let mut table = Table::default();
+        let parts = Content::parse(raw, stream_len, true, &mut table)?;
+        let raw = if codec == Codec::Raw { payload.clone() } else { Bytes::copy_from_slice(raw) };
+        Ok(Unpacked { raw, parts, table, stream_len })
     }
 
     /// Bytes held for decompression.
@@ -116,6 +165,26 @@ impl Decoder {
 impl Default for Decoder {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+fn write(content: Content<'_>, out: &mut Vec<u8>) {
+    out.reserve(content.stream_len());
+    // Nothing in it refers to anything, and a Vec takes everything.
+    let (Ok(()) | Err(_)) = content.replay(out);
+}
+
+fn check_lengths(wire: usize, raw: usize, stream: usize) -> Result<(), DecodeError> {
+    within("wire length", wire, MAX_WIRE_PAYLOAD)?;
+    within("raw length", raw, MAX_RAW_PAYLOAD)?;
+    within("stream length", stream, MAX_SEGMENT_BYTES)
+}
+
+fn refused(refusal: Refusal, codec: Codec, raw_len: usize) -> DecodeError {
+    match refusal {
+        Refusal::Length => DecodeError::Length { what: "raw length", len: raw_len },
+        Refusal::Frame(error) => DecodeError::Frame(error),
+        Refusal::Corrupt => DecodeError::Corrupt { codec, raw_len },
     }
 }
 

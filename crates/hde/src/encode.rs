@@ -6,6 +6,7 @@ use dwcp_proto::{Codec, Segment, StreamOffset};
 
 use crate::codec::Compressor;
 use crate::layout::Layout;
+use crate::memory::Memory;
 use crate::sample;
 
 /// Compression that saves less than one part in this many is not worth the receiver's time.
@@ -86,6 +87,16 @@ pub struct Stats {
     pub pages: u64,
     /// Full-page records of pages that were all zero: only their place is sent.
     pub blank_pages: u64,
+    /// Full-page records of pages that had not changed.
+    pub unchanged_pages: u64,
+    /// Full-page records of pages with the content of another.
+    pub copied_pages: u64,
+    /// Full-page records of pages that were sent as changed lines.
+    pub delta_pages: u64,
+    /// The lines that these changed, of 128 bytes.
+    pub delta_lines: u64,
+    /// Of `pages`, `copied_pages` and `delta_pages`: those that could not be remembered for want of memory.
+    pub untracked_pages: u64,
     /// Zero-page records.
     pub zero_pages: u64,
     /// Bytes that are not guest pages.
@@ -100,6 +111,11 @@ impl AddAssign for Stats {
     fn add_assign(&mut self, other: Stats) {
         self.pages += other.pages;
         self.blank_pages += other.blank_pages;
+        self.unchanged_pages += other.unchanged_pages;
+        self.copied_pages += other.copied_pages;
+        self.delta_pages += other.delta_pages;
+        self.delta_lines += other.delta_lines;
+        self.untracked_pages += other.untracked_pages;
         self.zero_pages += other.zero_pages;
         self.opaque_bytes += other.opaque_bytes;
         self.stream_bytes += other.stream_bytes;
@@ -160,41 +176,68 @@ impl Encoder {
         choice: Choice,
         payload: &mut Vec<u8>,
     ) -> Result<Encoded, EncodeError> {
-        self.layout.read(segment)?;
+        Ok(self.read(segment, None)?.write(choice, payload))
+    }
+
+    /// The first half of [`encode`](Self::encode), in which pages may become references to what the receiver holds.
+    /// A `memory` has to see all segments, in the order in which they are sent: it is the half that cannot be done
+    /// side by side, and the lesser one. After an error the memory has forgotten everything.
+    pub fn read<'a>(
+        &'a mut self,
+        segment: &'a Segment,
+        memory: Option<&mut Memory>,
+    ) -> Result<Reading<'a>, EncodeError> {
+        match memory {
+            None => self.layout.read(segment, None)?,
+            Some(memory) => self.layout.read(segment, Some(memory)).inspect_err(|_| memory.forget())?,
+        }
+        Ok(Reading { encoder: self, segment })
+    }
+}
+
+/// A segment that was read and is to be written: see [`Encoder::read`].
+pub struct Reading<'a> {
+    encoder: &'a mut Encoder,
+    segment: &'a Segment,
+}
+
+impl Reading<'_> {
+    /// The second half of [`Encoder::encode`].
+    pub fn write(self, choice: Choice, payload: &mut Vec<u8>) -> Encoded {
+        let Reading { encoder: Encoder { layout, compressor, raw }, segment } = self;
         payload.clear();
-        let dense = || sample::incompressible(self.layout.content(&segment.bytes));
+        let dense = || sample::incompressible(layout.content(&segment.bytes));
         let (codec, fallback) = match choice {
             Choice::Raw => (Codec::Raw, None),
             Choice::Sampled(_) if dense() => (Codec::Raw, Some(Fallback::Incompressible)),
             Choice::Lz4 => (Codec::Lz4, None),
             Choice::Zstd(_) | Choice::Sampled(_) => (Codec::Zstd, None),
         };
+        let encoded = |codec, raw_len: usize, fallback, payload: &[u8]| {
+            let stats = Stats { payload_bytes: payload.len() as u64, ..layout.stats() };
+            Encoded { codec, raw_len: raw_len as u32, fallback, stats }
+        };
         if codec == Codec::Raw {
-            self.layout.gather(&segment.bytes, payload);
-            return Ok(self.encoded(codec, payload.len(), fallback, payload));
+            layout.gather(&segment.bytes, payload);
+            return encoded(codec, payload.len(), fallback, payload);
         }
-        self.raw.clear();
-        self.layout.gather(&segment.bytes, &mut self.raw);
-        let raw_len = self.raw.len();
+        raw.clear();
+        layout.gather(&segment.bytes, raw);
+        let raw_len = raw.len();
         let compressed = match choice {
-            Choice::Zstd(level) | Choice::Sampled(level) => self.compressor.zstd(&self.raw, level),
-            Choice::Raw | Choice::Lz4 => self.compressor.lz4(&self.raw),
+            Choice::Zstd(level) | Choice::Sampled(level) => compressor.zstd(raw, level),
+            Choice::Raw | Choice::Lz4 => compressor.lz4(raw),
         };
         match compressed {
             Some(compressed) if compressed.len() < raw_len - raw_len / MIN_SAVING => {
                 payload.extend_from_slice(compressed);
-                Ok(self.encoded(codec, raw_len, None, payload))
+                encoded(codec, raw_len, None, payload)
             }
             _ => {
-                std::mem::swap(payload, &mut self.raw);
-                Ok(self.encoded(Codec::Raw, raw_len, Some(Fallback::NoGain), payload))
+                std::mem::swap(payload, raw);
+                encoded(Codec::Raw, raw_len, Some(Fallback::NoGain), payload)
             }
         }
-    }
-
-    fn encoded(&self, codec: Codec, raw_len: usize, fallback: Option<Fallback>, payload: &[u8]) -> Encoded {
-        let stats = Stats { payload_bytes: payload.len() as u64, ..self.layout.stats() };
-        Encoded { codec, raw_len: raw_len as u32, fallback, stats }
     }
 }
 

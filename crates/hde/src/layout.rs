@@ -4,10 +4,15 @@ use std::ops::Range;
 
 use dwcp_proto::limits::{MAX_CHUNK_PAGES_BYTES, MAX_SEGMENT_BYTES, MAX_SEGMENT_RECORDS, PAGE_SIZE};
 use dwcp_proto::record::{FLAG_CONTINUE, FLAG_PAGE, FLAG_ZERO};
-use dwcp_proto::{BlockNames, RamBlockId, Record, Run, Segment};
+use dwcp_proto::{BlockNames, PageIndex, RamBlockId, Record, Run, Segment};
 
 use crate::encode::{EncodeError, Stats};
-use crate::format::{Header, NAMED, OP_BLANKS, OP_OPAQUE, OP_PAGES, OP_ZEROS, PAGE_INDEX_END, write_varint};
+use crate::fingerprint::{LINE, PROOF, proof};
+use crate::format::{
+    Header, NAMED, OP_BLANKS, OP_COPIES, OP_DELTAS, OP_OPAQUE, OP_PAGES, OP_UNCHANGED, OP_ZEROS,
+    PAGE_INDEX_END, write_varint,
+};
+use crate::memory::{Layers, Memory, Verdict};
 
 static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
@@ -27,7 +32,44 @@ pub(crate) struct Layout {
     opaque: Vec<Range<usize>>,
     /// Where each stored page begins.
     pages: Vec<usize>,
+    /// Where each page that is sent as a reference begins.
+    referenced: Vec<usize>,
+    /// Where each delta's page begins, and which lines changed.
+    deltas: Vec<(usize, u32)>,
     stats: Stats,
+}
+
+/// How some consecutive pages of a run are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Pages,
+    Blanks,
+    Unchanged,
+    /// The content of the pages of this block, from this one on.
+    Copies(RamBlockId, PageIndex),
+    Deltas,
+}
+
+impl Kind {
+    fn operation(self) -> u8 {
+        match self {
+            Kind::Pages => OP_PAGES,
+            Kind::Blanks => OP_BLANKS,
+            Kind::Unchanged => OP_UNCHANGED,
+            Kind::Copies(..) => OP_COPIES,
+            Kind::Deltas => OP_DELTAS,
+        }
+    }
+
+    /// Whether a page of kind `next`, `after` pages behind the first of this kind, can share its operation.
+    fn goes_on(self, next: Kind, after: u32) -> bool {
+        match (self, next) {
+            (Kind::Copies(block, first), Kind::Copies(other, index)) => {
+                block == other && first.0.checked_add(u64::from(after)) == Some(index.0)
+            }
+            _ => self == next,
+        }
+    }
 }
 
 /// What is wrong with one record of a segment.
@@ -38,10 +80,18 @@ enum Fault {
 
 impl Layout {
     /// Reads `segment`, holding every word and name in its bytes against the index: whatever is read so
-    /// decodes to the same bytes.
-    pub(crate) fn read(&mut self, segment: &Segment) -> Result<(), EncodeError> {
+    /// decodes to the same bytes. With a `memory` pages become references, and are noted there; after an error it
+    /// has to forget.
+    pub(crate) fn read(
+        &mut self,
+        segment: &Segment,
+        mut memory: Option<&mut Memory>,
+    ) -> Result<(), EncodeError> {
         let offset = segment.offset;
         check_limits(segment)?;
+        if let Some(memory) = &mut memory {
+            memory.learn(&segment.names);
+        }
         self.reset(&segment.names);
         let fault = |(record, fault)| match fault {
             Fault::Mismatch => EncodeError::Mismatch { offset, record },
@@ -50,7 +100,8 @@ impl Layout {
         self.write_names(segment).map_err(fault)?;
         let mut cursor = Cursor { bytes: &segment.bytes, at: 0 };
         for (index, record) in segment.records.iter().enumerate() {
-            self.read_record(record, &segment.names, &mut cursor).map_err(|f| fault((index, f)))?;
+            let memory = memory.as_deref_mut();
+            self.read_record(record, &segment.names, &mut cursor, memory).map_err(|f| fault((index, f)))?;
         }
         if cursor.at != segment.bytes.len() {
             return Err(EncodeError::Mismatch { offset, record: segment.records.len() });
@@ -71,21 +122,42 @@ impl Layout {
             table_len: self.table.len() as u32,
             opaque_len: self.stats.opaque_bytes as u32,
             pages: self.pages.len() as u32,
+            proofs: self.referenced.len() as u32,
+            masks: self.deltas.len() as u32,
+            lines: self.stats.delta_lines as u32,
         };
         out.reserve(
-            Header::LEN + self.table.len() + header.opaque_len as usize + self.pages.len() * PAGE_SIZE,
+            Header::MAX_LEN
+                + self.table.len()
+                + header.opaque_len as usize
+                + self.referenced.len() * PROOF
+                + self.deltas.len() * size_of::<u32>()
+                + self.pages.len() * PAGE_SIZE
+                + header.lines as usize * LINE,
         );
         header.write(out);
         out.extend_from_slice(&self.table);
-        for slice in self.content(bytes) {
-            out.extend_from_slice(slice);
-        }
+        self.opaque.iter().for_each(|range| out.extend_from_slice(&bytes[range.clone()]));
+        // Each place was taken from these bytes as a whole page.
+        let page = |at: usize| bytes[at..].first_chunk().unwrap_or(&ZERO_PAGE);
+        self.referenced.iter().for_each(|&at| out.extend_from_slice(&proof(page(at))));
+        self.deltas.iter().for_each(|(_, mask)| out.extend_from_slice(&mask.to_be_bytes()));
+        self.pages.iter().for_each(|&at| out.extend_from_slice(page(at)));
+        self.lines(bytes).for_each(|line| out.extend_from_slice(line));
     }
 
-    /// The content to be stored, slice by slice: opaque stretches, then pages.
+    /// The content that a codec could shorten, slice by slice.
     pub(crate) fn content<'a>(&'a self, bytes: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
         let opaque = self.opaque.iter().map(move |range| &bytes[range.clone()]);
-        opaque.chain(self.pages.iter().map(move |&at| &bytes[at..at + PAGE_SIZE]))
+        let pages = self.pages.iter().map(move |&at| &bytes[at..at + PAGE_SIZE]);
+        opaque.chain(pages).chain(self.lines(bytes))
+    }
+
+    fn lines<'a>(&'a self, bytes: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+        self.deltas.iter().flat_map(move |&(at, mask)| {
+            let lines = bytes[at..at + PAGE_SIZE].chunks(LINE).zip(0..);
+            lines.filter(move |(_, n)| mask >> n & 1 == 1).map(|(line, _)| line)
+        })
     }
 
     fn reset(&mut self, names: &BlockNames) {
@@ -97,6 +169,8 @@ impl Layout {
         self.last_block = None;
         self.opaque.clear();
         self.pages.clear();
+        self.referenced.clear();
+        self.deltas.clear();
         self.stats = Stats::default();
     }
 
@@ -127,6 +201,7 @@ impl Layout {
         record: &Record,
         names: &BlockNames,
         cursor: &mut Cursor<'_>,
+        memory: Option<&mut Memory>,
     ) -> Result<(), Fault> {
         match *record {
             Record::Opaque { len } => {
@@ -147,34 +222,94 @@ impl Layout {
                     cursor.word(run, place, FLAG_ZERO, names)?;
                     cursor.expect(&[0])?;
                 }
+                if let Some(memory) = memory {
+                    (0..run.count).for_each(|place| memory.zero(run.block, page_of(run, place)));
+                }
                 self.stats.zero_pages += u64::from(run.count);
                 self.put(OP_ZEROS, run, 0..run.count)
             }
-            Record::Pages(run) => self.read_pages(run, names, cursor),
+            Record::Pages(run) => self.read_pages(run, names, cursor, memory),
         }
     }
 
-    /// Splits a run where pages with content and all-zero pages meet.
-    fn read_pages(&mut self, run: Run, names: &BlockNames, cursor: &mut Cursor<'_>) -> Result<(), Fault> {
+    /// Splits a run where pages of different kinds meet.
+    fn read_pages(
+        &mut self,
+        run: Run,
+        names: &BlockNames,
+        cursor: &mut Cursor<'_>,
+        mut memory: Option<&mut Memory>,
+    ) -> Result<(), Fault> {
         self.enter(run)?;
-        let operation = |blank| if blank { OP_BLANKS } else { OP_PAGES };
-        let (mut start, mut blank) = (0, false);
+        let (mut start, mut kind) = (0, Kind::Pages);
         for place in 0..run.count {
             cursor.word(run, place, FLAG_PAGE, names)?;
-            let page_at = cursor.at;
-            let is_blank = cursor.take(PAGE_SIZE)? == ZERO_PAGE;
-            if is_blank != blank {
-                self.put(operation(blank), run, start..place)?;
-                (start, blank) = (place, is_blank);
-            }
-            if is_blank {
-                self.stats.blank_pages += 1;
-            } else {
-                self.pages.push(page_at);
-                self.stats.pages += 1;
+            let at = cursor.at;
+            let page = cursor.page()?;
+            let next = self.judge(run.block, page_of(run, place), page, at, memory.as_deref_mut());
+            if !kind.goes_on(next, place - start) {
+                self.put_kind(kind, run, start..place)?;
+                (start, kind) = (place, next);
             }
         }
-        self.put(operation(blank), run, start..run.count)
+        self.put_kind(kind, run, start..run.count)
+    }
+
+    /// How the page at `at` is sent; notes what that takes.
+    fn judge(
+        &mut self,
+        block: RamBlockId,
+        index: PageIndex,
+        page: &[u8; PAGE_SIZE],
+        at: usize,
+        memory: Option<&mut Memory>,
+    ) -> Kind {
+        let layers = memory.as_ref().map_or(Layers::ZERO, |memory| memory.layers());
+        if layers.zero && *page == ZERO_PAGE {
+            self.stats.blank_pages += 1;
+            if let Some(memory) = memory {
+                memory.zero(block, index);
+            }
+            return Kind::Blanks;
+        }
+        let untracked = memory.as_ref().map_or(0, |memory| memory.untracked());
+        let verdict = match memory {
+            Some(memory) => {
+                let verdict = memory.page(block, index, page);
+                self.stats.untracked_pages += memory.untracked() - untracked;
+                verdict
+            }
+            None => Verdict::Whole,
+        };
+        match verdict {
+            Verdict::Unchanged => {
+                self.stats.unchanged_pages += 1;
+                self.referenced.push(at);
+                Kind::Unchanged
+            }
+            // A chunk names only the blocks that it has pages of.
+            Verdict::Copy(from, first) if self.slot(from).is_some() => {
+                self.stats.copied_pages += 1;
+                self.referenced.push(at);
+                Kind::Copies(from, first)
+            }
+            Verdict::Delta(mask) => {
+                self.stats.delta_pages += 1;
+                self.stats.delta_lines += u64::from(mask.count_ones());
+                self.referenced.push(at);
+                self.deltas.push((at, mask));
+                Kind::Deltas
+            }
+            Verdict::Whole | Verdict::Copy(..) => {
+                self.stats.pages += 1;
+                self.pages.push(at);
+                Kind::Pages
+            }
+        }
+    }
+
+    fn slot(&self, block: RamBlockId) -> Option<u16> {
+        self.slots.get(usize::from(block.0)).copied().flatten()
     }
 
     /// Checks what holds for a run as a whole.
@@ -185,6 +320,19 @@ impl Layout {
             return Err(Fault::Mismatch);
         }
         self.last_block = Some(run.block);
+        Ok(())
+    }
+
+    /// Writes the operation for a part of a run of full pages.
+    fn put_kind(&mut self, kind: Kind, run: Run, part: Range<u32>) -> Result<(), Fault> {
+        if part.is_empty() {
+            return Ok(());
+        }
+        self.put(kind.operation(), run, part)?;
+        if let Kind::Copies(block, first) = kind {
+            write_varint(u64::from(self.slot(block).ok_or(Fault::Mismatch)?), &mut self.table);
+            write_varint(first.0, &mut self.table);
+        }
         Ok(())
     }
 
@@ -232,6 +380,10 @@ fn check_limits(segment: &Segment) -> Result<(), EncodeError> {
     Ok(())
 }
 
+fn page_of(run: Run, place: u32) -> PageIndex {
+    PageIndex(run.first.0 + u64::from(place))
+}
+
 struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -242,6 +394,10 @@ impl<'a> Cursor<'a> {
         let taken = self.bytes.get(self.at..).and_then(|rest| rest.get(..len)).ok_or(Fault::Mismatch)?;
         self.at += len;
         Ok(taken)
+    }
+
+    fn page(&mut self) -> Result<&'a [u8; PAGE_SIZE], Fault> {
+        self.take(PAGE_SIZE)?.first_chunk().ok_or(Fault::Mismatch)
     }
 
     fn expect(&mut self, bytes: &[u8]) -> Result<(), Fault> {

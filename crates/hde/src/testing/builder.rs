@@ -18,6 +18,15 @@ impl SegmentBuilder {
         Self::default()
     }
 
+    /// An empty one of a stream that has mentioned these blocks: in the segments of one stream a block has one id.
+    pub fn naming(blocks: &[&[u8]]) -> Self {
+        let mut builder = Self::default();
+        for block in blocks {
+            builder.names.intern(block);
+        }
+        builder
+    }
+
     /// The stream before this segment ended within `block`: its next record has the CONTINUE flag.
     pub fn continuing(mut self, block: &[u8]) -> Self {
         self.last = self.names.intern(block);

@@ -15,8 +15,79 @@ const MAX_FULL_PAGES: u128 = 256;
 const MAX_NAMES: u128 = 1024;
 const WINDOW_LOG: u32 = 21;
 
-/// The bytes of stream that a payload stands for, or `None` where a decoder has to refuse it.
+/// What a receiver holds: block, page index, content; oldest first.
+#[derive(Debug, Clone, Default)]
+pub struct Model {
+    /// Slots of a cache; `None` where everything is held.
+    pub slots: Option<u32>,
+    pages: Vec<(Vec<u8>, u128, Vec<u8>)>,
+}
+
+impl Model {
+    /// Nothing is held yet.
+    pub fn new(slots: Option<u32>) -> Self {
+        Model { slots, pages: Vec::new() }
+    }
+
+    fn slot(&self, block: &[u8], page: u128) -> u128 {
+        let mut home: u64 = 14_695_981_039_346_656_037;
+        for byte in block {
+            home = (home ^ u64::from(*byte)).wrapping_mul(1_099_511_628_211);
+        }
+        (u128::from(home) + page) % (1 << 64) % u128::from(self.slots.unwrap_or(1))
+    }
+
+    /// A page was delivered.
+    pub fn put(&mut self, block: &[u8], page: u128, content: Vec<u8>) {
+        let slot = self.slot(block, page);
+        let mut pages = std::mem::take(&mut self.pages);
+        pages.retain(|(name, index, _)| {
+            let same = name == block && *index == page;
+            !same && (self.slots.is_none() || self.slot(name, *index) != slot)
+        });
+        pages.push((block.to_vec(), page, content));
+        self.pages = pages;
+    }
+
+    fn zero(&mut self, block: &[u8], page: u128) {
+        match self.slots {
+            None => self.put(block, page, vec![0; PAGE as usize]),
+            Some(_) => self.pages.retain(|(name, index, _)| name != block || *index != page),
+        }
+    }
+
+    fn get(&self, block: &[u8], page: u128) -> Option<Vec<u8>> {
+        let held = self.pages.iter().find(|(name, index, _)| name == block && *index == page)?;
+        Some(held.2.clone())
+    }
+}
+
+/// The bytes of stream that a payload stands for, or `None` where a decoder has to refuse it, because it has
+/// references among other reasons.
 pub fn decode(codec: Codec, payload: &[u8], raw_len: usize, stream_len: usize) -> Option<Vec<u8>> {
+    let raw = unpack(codec, payload, raw_len, stream_len)?;
+    if raw.first() != Some(&1) {
+        return None;
+    }
+    let stream = records(&raw, &mut Model::new(None))?;
+    (stream.len() == stream_len).then_some(stream)
+}
+
+/// The same where references are allowed, and where `model` is what the receiver holds. Refused chunks may leave
+/// traces in it.
+pub fn replay(
+    codec: Codec,
+    payload: &[u8],
+    raw_len: usize,
+    stream_len: usize,
+    model: &mut Model,
+) -> Option<Vec<u8>> {
+    let raw = unpack(codec, payload, raw_len, stream_len)?;
+    let stream = records(&raw, model)?;
+    (stream.len() == stream_len).then_some(stream)
+}
+
+fn unpack(codec: Codec, payload: &[u8], raw_len: usize, stream_len: usize) -> Option<Vec<u8>> {
     if payload.len() as u128 > MAX_RAW || raw_len as u128 > MAX_RAW || stream_len as u128 > MAX_STREAM {
         return None;
     }
@@ -25,11 +96,7 @@ pub fn decode(codec: Codec, payload: &[u8], raw_len: usize, stream_len: usize) -
         Codec::Lz4 => lz4_flex::block::decompress(payload, raw_len).ok()?,
         Codec::Zstd => zstd(payload, raw_len)?,
     };
-    if raw.len() != raw_len {
-        return None;
-    }
-    let stream = records(&raw)?;
-    (stream.len() == stream_len).then_some(stream)
+    (raw.len() == raw_len).then_some(raw)
 }
 
 /// Decompresses in small steps: only then does the library hold a frame to the window's limit.
@@ -61,21 +128,31 @@ fn zstd(payload: &[u8], raw_len: usize) -> Option<Vec<u8>> {
 }
 
 /// The same for a payload before compression, whatever stream length was announced.
-pub fn records(raw: &[u8]) -> Option<Vec<u8>> {
+pub fn records(raw: &[u8], model: &mut Model) -> Option<Vec<u8>> {
     let mut bytes = raw.iter().copied();
-    if bytes.next()? != 1 || bytes.next()? != 0 {
+    let version = bytes.next()?;
+    if !(version == 1 || version == 2) || bytes.next()? != 0 {
         return None;
     }
     let name_count = fixed(&mut bytes, 2)?;
-    let table_len = fixed(&mut bytes, 4)?;
-    let opaque_len = fixed(&mut bytes, 4)?;
-    let page_count = fixed(&mut bytes, 4)?;
-    if name_count > MAX_NAMES || 16 + table_len + opaque_len + page_count * PAGE != raw.len() as u128 {
+    let [table_len, opaque_len, page_count] = numbers(&mut bytes)?;
+    let (head, [proof_count, mask_count, line_count]) = match version {
+        1 => (16, [0; 3]),
+        _ => (28, numbers(&mut bytes)?),
+    };
+    if version == 2 && proof_count == 0 {
+        return None;
+    }
+    let content = proof_count * 8 + mask_count * 4 + page_count * PAGE + line_count * 128;
+    if name_count > MAX_NAMES || head + table_len + opaque_len + content != raw.len() as u128 {
         return None;
     }
     let mut table = take(&mut bytes, table_len)?.into_iter();
     let mut opaque = take(&mut bytes, opaque_len)?.into_iter();
-    let mut pages = bytes;
+    let mut proofs = take(&mut bytes, proof_count * 8)?.into_iter();
+    let mut masks = take(&mut bytes, mask_count * 4)?.into_iter();
+    let mut pages = take(&mut bytes, page_count * PAGE)?.into_iter();
+    let mut lines = bytes;
 
     let mut names = Vec::new();
     for _ in 0..name_count {
@@ -103,9 +180,13 @@ pub fn records(raw: &[u8]) -> Option<Vec<u8>> {
                 stream.extend(take(&mut opaque, len)?);
                 records += 1;
             }
-            kind @ 2..=4 => {
+            kind @ 2..=7 => {
                 let (block, gap, count) = (varint(&mut table)?, varint(&mut table)?, varint(&mut table)?);
                 let name = names.get(usize::try_from(block).ok()?)?;
+                let from = match kind {
+                    6 => Some((varint(&mut table)?, varint(&mut table)?)),
+                    _ => None,
+                };
                 if count == 0 || records + count > MAX_RECORDS {
                     return None;
                 }
@@ -127,10 +208,40 @@ pub fn records(raw: &[u8]) -> Option<Vec<u8>> {
                         stream.push(name.len() as u8);
                         stream.extend_from_slice(name);
                     }
+                    let mut content = match (kind, from) {
+                        (2, _) => take(&mut pages, PAGE)?,
+                        (5 | 7, _) => model.get(name, page)?,
+                        (6, Some((block, start))) => {
+                            let source = start + page - first;
+                            if source * PAGE > u128::from(u64::MAX) {
+                                return None;
+                            }
+                            model.get(names.get(usize::try_from(block).ok()?)?, source)?
+                        }
+                        _ => vec![0; PAGE as usize],
+                    };
+                    if kind == 7 {
+                        let mask = fixed(&mut masks, 4)?;
+                        if mask == 0 || mask == (1 << 32) - 1 {
+                            return None;
+                        }
+                        for line in 0..32 {
+                            if mask / (1 << line) % 2 == 1 {
+                                content.splice(line * 128..line * 128 + 128, take(&mut lines, 128)?);
+                            }
+                        }
+                    }
+                    if kind >= 5 && take(&mut proofs, 8)? != blake3::hash(&content).as_bytes()[..8] {
+                        return None;
+                    }
+                    if kind == 3 || kind == 4 {
+                        model.zero(name, page);
+                    } else {
+                        model.put(name, page, content.clone());
+                    }
                     match kind {
-                        2 => stream.extend(take(&mut pages, PAGE)?),
                         3 => stream.push(0),
-                        _ => stream.extend([0; PAGE as usize]),
+                        _ => stream.extend(content),
                     }
                     records += 1;
                     full_pages += u128::from(kind != 3);
@@ -145,7 +256,12 @@ pub fn records(raw: &[u8]) -> Option<Vec<u8>> {
             return None;
         }
     }
-    (opaque.next().is_none() && pages.next().is_none()).then_some(stream)
+    let rest = opaque.len() + proofs.len() + masks.len() + pages.len() + lines.len();
+    (rest == 0).then_some(stream)
+}
+
+fn numbers(bytes: &mut impl Iterator<Item = u8>) -> Option<[u128; 3]> {
+    Some([fixed(bytes, 4)?, fixed(bytes, 4)?, fixed(bytes, 4)?])
 }
 
 fn fixed(bytes: &mut impl Iterator<Item = u8>, len: u128) -> Option<u128> {

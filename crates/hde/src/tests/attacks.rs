@@ -187,8 +187,8 @@ fn unknown_codec() {
 #[test]
 fn unknown_version_and_operation() {
     let mut bad = payload(&[], &[], b"", 0);
-    bad[0] = 2;
-    assert_eq!(table_refusal(&bad, 0), TableError::Version(2));
+    bad[0] = 3;
+    assert_eq!(table_refusal(&bad, 0), TableError::Version(3));
     (bad[0], bad[1]) = (1, 1);
     assert_eq!(table_refusal(&bad, 0), TableError::Version(1));
     let known = [0x01, 0x02, 0x03, 0x04, 0x82, 0x83, 0x84];

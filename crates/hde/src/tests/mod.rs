@@ -1,3 +1,5 @@
 mod attacks;
+mod layers;
 mod properties;
+mod references;
 mod round_trip;

@@ -98,6 +98,12 @@ fn spoil(payload: &mut Vec<u8>, changes: &[(usize, u8, u8)]) {
     }
 }
 
+/// What the records give, if they are in order and without references.
+fn plain_records(payload: &[u8]) -> Option<Vec<u8>> {
+    let plain = payload.first() == Some(&1);
+    plain.then(|| reference::records(payload, &mut reference::Model::new(None))).flatten()
+}
+
 fn encode(segment: &Segment, choice: Choice) -> (Encoded, Vec<u8>) {
     let mut payload = Vec::new();
     let encoded = Encoder::new().encode(segment, choice, &mut payload).unwrap();
@@ -190,7 +196,7 @@ proptest! {
         // The length that the spoiled records give, if they still give one: else the announced length would
         // refuse nearly everything.
         if encoded.codec == Codec::Raw
-            && let Some(stream) = reference::records(&payload)
+            && let Some(stream) = plain_records(&payload)
         {
             assert_agreement(Codec::Raw, &payload, raw_len, stream.len())?;
         }
@@ -198,7 +204,7 @@ proptest! {
 
     #[test]
     fn decoder_and_reference_agree_on_any_table(payload in any_table()) {
-        let stream_len = reference::records(&payload).map_or(0, |stream| stream.len());
+        let stream_len = plain_records(&payload).map_or(0, |stream| stream.len());
         assert_agreement(Codec::Raw, &payload, payload.len(), stream_len)?;
     }
 

@@ -106,8 +106,10 @@ fn the_items_are_what_was_put_in() {
     let segment = mixed().finish(0);
     let (encoded, payload) = encode(&segment, Choice::Zstd(1));
     let mut decoder = Decoder::new();
-    let content =
-        decoder.open_parts(encoded.codec, &payload, encoded.raw_len as usize, segment.bytes.len()).unwrap();
+    let unpacked = decoder
+        .unpack_unverified(encoded.codec, &payload, encoded.raw_len as usize, segment.bytes.len())
+        .unwrap();
+    let content = unpacked.content();
     assert_eq!(
         content.names().collect::<Vec<_>>(),
         [&b""[..], b"/rom@etc/acpi/tables", b"pc.bios", b"pc.ram"]
@@ -126,6 +128,7 @@ fn the_items_are_what_was_put_in() {
             }
             Item::Zeros(run) => seen.push(format!("zeros {} {}+{}", run.block, run.first, run.count)),
             Item::Blanks(run) => seen.push(format!("blanks {} {}+{}", run.block, run.first, run.count)),
+            other => panic!("{other:?} without a memory"),
         }
     }
     assert_eq!(
