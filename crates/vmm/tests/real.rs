@@ -311,8 +311,8 @@ fn check_stream(cutter: &Cutter, segments: &[Segment], memory: &[u8], rounds: u6
         for piece in pieces(segment) {
             let (block, index, bytes) = match piece.unwrap() {
                 Piece::Opaque(_) => continue,
-                Piece::Page { block, index, bytes } => (block, index, bytes),
-                Piece::Zero { block, index } => (block, index, &[0; PAGE_SIZE][..]),
+                Piece::Page { block, index, bytes, .. } => (block, index, bytes),
+                Piece::Zero { block, index, .. } => (block, index, &[0; PAGE_SIZE][..]),
             };
             if segment.names.name(block) == Some(b"pc.ram") {
                 rebuilt[index.0 as usize * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(bytes);

@@ -206,8 +206,8 @@ impl SimDestination {
         for piece in pieces(segment) {
             match piece? {
                 Piece::Opaque(_) => {}
-                Piece::Page { block, index, bytes } => self.page(block, index)?.copy_from_slice(bytes),
-                Piece::Zero { block, index } => self.page(block, index)?.fill(0),
+                Piece::Page { block, index, bytes, .. } => self.page(block, index)?.copy_from_slice(bytes),
+                Piece::Zero { block, index, .. } => self.page(block, index)?.fill(0),
             }
         }
         if segment.end().0 > tail_from {

@@ -68,6 +68,8 @@ pub enum Piece<'a> {
         block: RamBlockId,
         /// Where in the block.
         index: PageIndex,
+        /// Whether its record carries the block's name.
+        named: bool,
         /// Its [`PAGE_SIZE`] bytes.
         bytes: &'a [u8],
     },
@@ -77,6 +79,8 @@ pub enum Piece<'a> {
         block: RamBlockId,
         /// Where in the block.
         index: PageIndex,
+        /// Whether its record carries the block's name.
+        named: bool,
     },
 }
 
@@ -115,14 +119,15 @@ fn next_page<'a>(
     full: bool,
     names: &BlockNames,
 ) -> Result<Piece<'a>, SerialiseError> {
-    let name = if run.continued { 0 } else { 1 + name(names, run.block)?.len() };
+    let named = !run.continued;
+    let name = if named { 1 + name(names, run.block)?.len() } else { 0 };
     split(rest, RECORD_WORD + name)?;
     let bytes = split(rest, if full { PAGE_SIZE } else { 1 })?;
     let (block, index) = (run.block, run.first);
     run.first = PageIndex(index.0.checked_add(1).ok_or(SerialiseError::PageRange(index))?);
     run.continued = true;
     run.count -= 1;
-    Ok(if full { Piece::Page { block, index, bytes } } else { Piece::Zero { block, index } })
+    Ok(if full { Piece::Page { block, index, named, bytes } } else { Piece::Zero { block, index, named } })
 }
 
 /// Bytes that the records take in the stream, within the limits of a segment.

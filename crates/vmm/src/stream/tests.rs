@@ -128,7 +128,7 @@ fn check(segments: &[Segment]) -> Vec<u8> {
         let mut last: [Option<PageIndex>; 3] = [None; 3];
         for piece in pieces(segment) {
             count += 1;
-            if let Piece::Page { block, index, .. } | Piece::Zero { block, index } = piece.unwrap() {
+            if let Piece::Page { block, index, .. } | Piece::Zero { block, index, .. } = piece.unwrap() {
                 full += usize::from(matches!(piece, Ok(Piece::Page { .. })));
                 let last = &mut last[usize::from(block.0)];
                 assert!(last.is_none_or(|last| last < index), "pages ascend within a segment");
@@ -158,10 +158,10 @@ fn flatten(segments: &[Segment]) -> Vec<Flat> {
                     Some(Err(merged)) => Vec::extend_from_slice(merged, bytes),
                     _ => flat.push(Err(bytes.to_vec())),
                 },
-                Piece::Page { block, index, bytes } => {
+                Piece::Page { block, index, bytes, .. } => {
                     flat.push(Ok((block, index, segment.version.0, bytes[9])))
                 }
-                Piece::Zero { block, index } => flat.push(Ok((block, index, segment.version.0, 0))),
+                Piece::Zero { block, index, .. } => flat.push(Ok((block, index, segment.version.0, 0))),
             }
         }
     }

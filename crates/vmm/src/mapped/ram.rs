@@ -1,0 +1,131 @@
+//! The files behind a guest's RAM, block by block.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use dwcp_proto::PageIndex;
+use dwcp_proto::limits::PAGE_SIZE;
+
+use super::find::{self, Unmapped};
+use super::{MappedError, Page};
+use crate::qmp::Qemu;
+
+/// Pages that are looked at together for whether they are zero already.
+const STRIDE: usize = 16;
+
+/// The RAM blocks that lie in shared files, by name.
+#[derive(Debug)]
+pub struct Ram {
+    blocks: BTreeMap<Box<[u8]>, Backing>,
+}
+
+/// Where a block lies.
+#[derive(Debug)]
+pub(super) struct Backing {
+    pub(super) file: File,
+    /// Where in the file the block begins.
+    pub(super) offset: u64,
+    pub(super) len: u64,
+}
+
+impl Ram {
+    /// Finds the files behind a VM's RAM, through QMP and the VMM's process. At least one block is found, or
+    /// there is a reason why not.
+    ///
+    /// It needs to be allowed to look into the process: the same user, or root.
+    pub async fn open(qemu: &Qemu) -> Result<Self, Unmapped> {
+        Ok(Ram { blocks: find::backings(qemu).await? })
+    }
+
+    /// RAM that lies in these files from their beginning, all of each file.
+    #[cfg(test)]
+    pub(super) fn in_files(files: impl IntoIterator<Item = (&'static [u8], File)>) -> io::Result<Self> {
+        let backing = |(name, file): (&'static [u8], File)| {
+            let len = file.metadata()?.len();
+            Ok((name.into(), Backing { file, offset: 0, len }))
+        };
+        Ok(Ram { blocks: files.into_iter().map(backing).collect::<io::Result<_>>()? })
+    }
+
+    /// The blocks' names.
+    pub fn blocks(&self) -> impl Iterator<Item = &[u8]> {
+        self.blocks.keys().map(|name| &**name)
+    }
+
+    /// Bytes of all of them.
+    pub fn bytes(&self) -> u64 {
+        self.blocks.values().map(|backing| backing.len).sum()
+    }
+
+    pub(super) fn has(&self, block: &[u8]) -> bool {
+        self.blocks.contains_key(block)
+    }
+
+    /// Whether so many pages lie within the block.
+    pub(super) fn check(&self, block: &[u8], first: PageIndex, count: u32) -> Result<(), MappedError> {
+        let place = self.blocks.get(block).and_then(|backing| backing.place(first, u64::from(count)));
+        place.map(|_| ()).ok_or_else(|| beyond(block, first))
+    }
+
+    pub(super) fn write(&self, block: &[u8], first: PageIndex, pages: &[Page]) -> Result<(), MappedError> {
+        self.at(block, first, pages.len(), |file, at| file.write_all_at(pages.as_flattened(), at))
+    }
+
+    pub(super) fn read(&self, block: &[u8], index: PageIndex, into: &mut Page) -> Result<(), MappedError> {
+        self.at(block, index, 1, |file, at| file.read_exact_at(into, at))
+    }
+
+    /// Makes pages zero. Pages that are zero already are not touched: a hole stays a hole, and reading one takes no
+    /// memory; what was allocated beforehand stays allocated.
+    pub(super) fn zero(&self, block: &[u8], first: PageIndex, count: u32) -> Result<(), MappedError> {
+        const ZERO: Page = [0; PAGE_SIZE];
+        self.at(block, first, count as usize, |file, at| {
+            let mut pages = [ZERO; STRIDE];
+            let mut at = at;
+            let mut left = count as usize;
+            while left > 0 {
+                let some = left.min(STRIDE);
+                file.read_exact_at(pages[..some].as_flattened_mut(), at)?;
+                for (page, place) in pages[..some].iter().zip((at..).step_by(PAGE_SIZE)) {
+                    if *page != ZERO {
+                        file.write_all_at(&ZERO, place)?;
+                    }
+                }
+                at += (some * PAGE_SIZE) as u64;
+                left -= some;
+            }
+            Ok(())
+        })
+    }
+
+    fn at(
+        &self,
+        block: &[u8],
+        first: PageIndex,
+        count: usize,
+        work: impl FnOnce(&File, u64) -> io::Result<()>,
+    ) -> Result<(), MappedError> {
+        let backing = self.blocks.get(block).ok_or_else(|| beyond(block, first))?;
+        let place = backing.place(first, count as u64).ok_or_else(|| beyond(block, first))?;
+        work(&backing.file, place).map_err(|source| MappedError::Io { block: shown(block), source })
+    }
+}
+
+impl Backing {
+    /// Where in the file so many pages lie; `None` if not all of them are in the block.
+    fn place(&self, first: PageIndex, count: u64) -> Option<u64> {
+        let start = first.0.checked_mul(PAGE_SIZE as u64)?;
+        let end = start.checked_add(count.checked_mul(PAGE_SIZE as u64)?)?;
+        if end <= self.len { self.offset.checked_add(start) } else { None }
+    }
+}
+
+fn beyond(block: &[u8], index: PageIndex) -> MappedError {
+    MappedError::Beyond { block: shown(block), index }
+}
+
+fn shown(block: &[u8]) -> String {
+    String::from_utf8_lossy(block).into_owned()
+}
