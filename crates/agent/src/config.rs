@@ -6,11 +6,16 @@
 mod error;
 #[cfg(test)]
 mod tests;
+mod url;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use dwcp_flags::Comeback;
+use dwcp_flags::poll::MAX_LABELS;
 use dwcp_migrate::V1Policy;
 use dwcp_proto::{NodeName, units};
 use dwcp_rpc::endpoint;
@@ -18,9 +23,16 @@ use serde::Deserialize;
 use tracing_subscriber::EnvFilter;
 
 pub(crate) use error::ConfigError;
+pub(crate) use url::Url;
 
 /// Bytes of a configuration file: some hundred times what all keys take.
 const MAX_FILE: u64 = 256 << 10;
+
+/// Endpoints of one flag server.
+const MAX_ENDPOINTS: usize = 8;
+
+/// What stands before the URL of a server that speaks OFREP.
+const OFREP: &str = "ofrep+";
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -43,6 +55,8 @@ pub(crate) struct Config {
     pub(crate) limits: Limits,
     #[serde(default)]
     pub(crate) vmm: Vmm,
+    #[serde(default)]
+    pub(crate) labels: Labels,
     #[serde(default)]
     pub(crate) log: Log,
 }
@@ -114,13 +128,34 @@ impl Default for Identity {
 }
 
 /// Whether v3 may be used.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Flags {
     /// Where the flag comes from.
     pub(crate) source: FlagSource,
     /// The path where `source` is `none`.
     pub(crate) without: Without,
+    /// The certificates that an `https` server's must come from (PEM).
+    pub(crate) ca: Absolute,
+    /// The flag server's own key, as `NAME.pub`; only what it signed is then obeyed.
+    pub(crate) server_key: Option<Absolute>,
+    /// A file with the bearer token for requests to the flag server.
+    pub(crate) token_file: Option<Absolute>,
+    /// For how long at least v3 must have been allowed without a break before running migrations return to it.
+    pub(crate) return_after: Wait,
+}
+
+impl Default for Flags {
+    fn default() -> Self {
+        Flags {
+            source: FlagSource::default(),
+            without: Without::default(),
+            ca: Absolute("/etc/ssl/certs/ca-certificates.crt".into()),
+            server_key: None,
+            token_file: None,
+            return_after: Wait(Comeback::LEAST),
+        }
+    }
 }
 
 /// Where the flag comes from.
@@ -132,35 +167,72 @@ pub(crate) enum FlagSource {
     None,
     /// A file that holds the flag document.
     File(PathBuf),
-    /// A server, by its URL: read, but not built yet.
-    Remote(String),
+    /// Endpoints of one flag server.
+    Server(Vec<Url>),
+    /// Endpoints of one server that speaks OFREP and evaluates the flag itself.
+    Ofrep(Vec<Url>),
 }
 
 impl TryFrom<String> for FlagSource {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        const REMOTE: [&str; 4] = ["http://", "https://", "ofrep+http://", "ofrep+https://"];
         match text.strip_prefix("file:") {
-            _ if text == "none" => Ok(FlagSource::None),
-            Some(path) if Path::new(path).is_absolute() => Ok(FlagSource::File(path.into())),
-            None if REMOTE.iter().any(|scheme| text.len() > scheme.len() && text.starts_with(scheme)) => {
-                Ok(FlagSource::Remote(text))
+            _ if text == "none" => return Ok(FlagSource::None),
+            Some(path) if Path::new(path).is_absolute() => return Ok(FlagSource::File(path.into())),
+            None if text.contains("://") => {}
+            _ => {
+                return Err(format!(
+                    "expected \"none\", \"file:/PATH\", \"http://...\" or \"ofrep+http://...\", found {text:?}"
+                ));
             }
-            _ => Err(format!(
-                "expected \"none\", \"file:/PATH\", \"http://...\" or \"ofrep+http://...\", found {text:?}"
-            )),
+        }
+        let endpoints: Vec<&str> = text.split(',').map(str::trim).collect();
+        if endpoints.len() > MAX_ENDPOINTS {
+            return Err(format!("expected at most {MAX_ENDPOINTS} endpoints, found {}", endpoints.len()));
+        }
+        let urls = |prefix: &str| -> Result<Vec<Url>, String> {
+            endpoints.iter().map(|text| Url::try_from(text.strip_prefix(prefix).unwrap_or(text))).collect()
+        };
+        match endpoints.iter().filter(|text| text.starts_with(OFREP)).count() {
+            0 => urls("").map(FlagSource::Server),
+            all if all == endpoints.len() => urls(OFREP).map(FlagSource::Ofrep),
+            _ => Err(format!("either all endpoints speak OFREP or none does, found {text:?}")),
         }
     }
 }
 
 impl std::fmt::Display for FlagSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let list = |prefix: &str, urls: &[Url]| {
+            urls.iter().map(|url| format!("{prefix}{url}")).collect::<Vec<_>>().join(", ")
+        };
         match self {
             FlagSource::None => f.write_str("none"),
             FlagSource::File(path) => write!(f, "file:{}", path.display()),
-            FlagSource::Remote(url) => f.write_str(url),
+            FlagSource::Server(urls) => f.write_str(&list("", urls)),
+            FlagSource::Ofrep(urls) => f.write_str(&list(OFREP, urls)),
         }
+    }
+}
+
+/// What the node says of itself to the flag server, such as its datacenter; both halves are names.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(try_from = "BTreeMap<String, String>")]
+pub(crate) struct Labels(pub(crate) BTreeMap<String, String>);
+
+impl TryFrom<BTreeMap<String, String>> for Labels {
+    type Error = String;
+
+    fn try_from(labels: BTreeMap<String, String>) -> Result<Self, String> {
+        if labels.len() > MAX_LABELS {
+            return Err(format!("expected at most {MAX_LABELS} labels, found {}", labels.len()));
+        }
+        let is_bad = |name: &&String| NodeName::new(name.as_str()).is_err();
+        if let Some(name) = labels.keys().chain(labels.values()).find(is_bad) {
+            return Err(format!("expected 1 to 64 characters of A-Z a-z 0-9 . _ -, found {name:?}"));
+        }
+        Ok(Labels(labels))
     }
 }
 
@@ -360,6 +432,22 @@ impl TryFrom<String> for Memory {
         match units::parse_size(&text).map_err(|e| e.to_string())? {
             bytes if (8 << 20..=4 << 30).contains(&bytes) => Ok(Memory(bytes)),
             _ => Err(format!("expected a size from 8MiB to 4GiB, found {text:?}")),
+        }
+    }
+}
+
+/// A time from a second to a day.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Wait(pub(crate) Duration);
+
+impl TryFrom<String> for Wait {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match units::parse_duration(&text).map_err(|e| e.to_string())? {
+            time if (Duration::from_secs(1)..=Duration::from_secs(86_400)).contains(&time) => Ok(Wait(time)),
+            _ => Err(format!("expected a time from 1s to 86400s, found {text:?}")),
         }
     }
 }

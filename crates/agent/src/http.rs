@@ -14,6 +14,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 
+use crate::flags::Flag;
 use crate::process::ProcessCollector;
 use crate::readiness::Readiness;
 
@@ -62,9 +63,10 @@ impl Http {
     }
 
     /// Serves these metrics, and those of the process, from now on.
-    pub(crate) fn publish(&self, metrics: &Metrics) {
+    pub(crate) fn publish(&self, metrics: &Metrics, flag: &Flag) {
         let mut registry = Registry::default();
         metrics.register(&mut registry);
+        flag.register(&mut registry);
         registry.register_collector(Box::new(ProcessCollector));
         let _ = self.registry.set(registry);
     }

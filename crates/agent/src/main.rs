@@ -116,7 +116,7 @@ async fn life(config: Config) -> Result<(), Failure> {
 
     let key = Arc::new(identity::key(&config.identity.key.0, &config.node)?);
     let peers = Arc::new(identity::peers(&config.identity.peers.0)?);
-    let flag = flags::start(&config.flags, &config.node).await?;
+    let flag = Arc::new(flags::start(&config, &key, state.path()).await?);
 
     let engine = Engine::start(EngineConfig {
         key: Arc::clone(&key),
@@ -133,7 +133,7 @@ async fn life(config: Config) -> Result<(), Failure> {
         () = signals.terminated() => return Ok(()),
     };
     flag.report_to(engine.metrics().clone());
-    http.publish(engine.metrics());
+    http.publish(engine.metrics(), &flag);
 
     let addresses = state_dir::Addresses {
         data: engine.data_addr(),
@@ -145,7 +145,7 @@ async fn life(config: Config) -> Result<(), Failure> {
         engine.clone(),
         &key,
         Arc::clone(&peers),
-        &flag,
+        Arc::clone(&flag),
         readiness.clone(),
         &addresses,
     );
@@ -207,16 +207,12 @@ fn check_config(file: &Path) -> ExitCode {
     for what in config.without_effect() {
         println!("note: no effect: {what}");
     }
-    if let config::FlagSource::Remote(url) = &config.flags.source {
-        complain(&flags::not_built(url));
-        return ExitCode::FAILURE;
-    }
     let identity = &config.identity;
     let checks: [(&Path, Result<(), Failure>); 2] = [
         (&identity.key.0, identity::key(&identity.key.0, &config.node).map(drop)),
         (&identity.peers.0, identity::peers(&identity.peers.0).map(drop)),
     ];
-    let mut sound = true;
+    let mut sound = flags::check(&config.flags).inspect_err(complain).is_ok();
     for (path, result) in checks {
         match result {
             Ok(()) => {}

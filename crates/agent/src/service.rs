@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use dwcp_link::Peers;
 use dwcp_migrate::status::Status as MigrationStatus;
-use dwcp_migrate::{Blame, Engine, Failure, Gate};
+use dwcp_migrate::{Blame, Engine, Failure};
 use dwcp_proto::{MigrationId, NodeKey};
 use dwcp_rpc::v1::migrations_server::Migrations;
 use dwcp_rpc::{failure, v1};
@@ -39,8 +39,7 @@ struct Node {
     fingerprint: String,
     addresses: Addresses,
     started: Instant,
-    gate: watch::Receiver<Gate>,
-    flag_source: String,
+    flag: Arc<Flag>,
     peers: Arc<Peers>,
 }
 
@@ -51,7 +50,7 @@ impl Service {
         engine: Engine,
         key: &NodeKey,
         peers: Arc<Peers>,
-        flag: &Flag,
+        flag: Arc<Flag>,
         readiness: Readiness,
         addresses: &Addresses,
     ) -> Self {
@@ -65,8 +64,7 @@ impl Service {
             fingerprint: key.public().fingerprint(),
             addresses: addresses.clone(),
             started: Instant::now(),
-            gate: flag.gate(),
-            flag_source: config.flags.source.to_string(),
+            flag,
             peers,
         };
         Service { engine, bounds, readiness, node }
@@ -188,7 +186,7 @@ impl Migrations for Service {
             uptime_seconds: node.started.elapsed().as_secs_f64(),
             ready: reason.is_none(),
             not_ready_reason: reason.unwrap_or_default().to_owned(),
-            gate: Some(convert::gate(&node.gate.borrow(), node.flag_source.clone())),
+            gate: Some(convert::gate(&node.flag.gate().borrow(), node.flag.source().to_owned())),
             peers: roster
                 .nodes()
                 .flat_map(|node| roster.keys(node))
@@ -196,6 +194,10 @@ impl Migrations for Service {
                 .collect(),
             migrations_inflight: u32::try_from(inflight).unwrap_or(u32::MAX),
         }))
+    }
+
+    async fn flags(&self, _: Request<v1::FlagsRequest>) -> Result<Response<v1::FlagsStatus>, Status> {
+        Ok(Response::new(self.node.flag.status()))
     }
 }
 

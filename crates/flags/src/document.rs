@@ -115,6 +115,17 @@ pub enum OnStale {
     Hold,
 }
 
+impl OnStale {
+    /// As it is written in a document.
+    pub fn name(self) -> &'static str {
+        match self {
+            OnStale::V1New => "v1-new",
+            OnStale::V1All => "v1-all",
+            OnStale::Hold => "hold",
+        }
+    }
+}
+
 /// Which version of the flag: the incarnation first (a server restored from a backup starts a new one), then a counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

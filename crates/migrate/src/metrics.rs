@@ -228,6 +228,21 @@ impl Metrics {
         registry.register("dwcp_build", "The agent's build", build);
     }
 
+    /// What a flag server hears of this node.
+    pub fn tally(&self) -> Tally {
+        let s = &*self.0;
+        let failed = |role| {
+            let by = ByEnd { role, path: "v3", outcome: outcome_label(Phase::Failed) };
+            s.migrations.get_or_create(&by).get()
+        };
+        Tally {
+            v3_inflight: u32::try_from(s.v3_inflight.get()).unwrap_or(0),
+            data_loss: s.data_loss.get(),
+            byzantine_successes: s.successes.get(),
+            critical_errors: [Role::Source, Role::Destination].map(role_label).map(failed).iter().sum(),
+        }
+    }
+
     /// Memory was carried over v1: bytes of the VMM's stream.
     pub fn v1_carried(&self, stream_bytes: u64) {
         self.0.v1_processed.inc_by(stream_bytes);
@@ -327,6 +342,19 @@ impl Metrics {
             self.0.downtime.0.observe(ms / 1000.0);
         }
     }
+}
+
+/// What has to stop a rollout, counted since the start of the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tally {
+    /// Migrations on v3 at the moment, at either end.
+    pub v3_inflight: u32,
+    /// Migrations whose RAM differed at the independent check.
+    pub data_loss: u64,
+    /// Violations found only by the independent check.
+    pub byzantine_successes: u64,
+    /// Migrations over v3 that failed: neither did the guest arrive, nor could they be aborted.
+    pub critical_errors: u64,
 }
 
 /// Counts a running migration for as long as it lives.

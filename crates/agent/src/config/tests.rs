@@ -16,6 +16,10 @@ peers = "/etc/dwcp/peers"
 [flags]
 source = "file:/etc/dwcp/flag.json"
 without = "v3"
+ca = "/etc/dwcp/ca.pem"
+server_key = "/etc/dwcp/control.pub"
+token_file = "/etc/dwcp/token"
+return_after = "90s"
 
 [policy]
 v1_plain = true
@@ -32,6 +36,9 @@ bandwidth = "200Mbit"
 [vmm]
 attach = "none"
 paths = ["/run/qemu", "/run/libvirt"]
+
+[labels]
+datacenter = "dc-1"
 
 [log]
 format = "json"
@@ -60,13 +67,16 @@ fn every_key_is_read() {
     assert_eq!(config.limits.bandwidth, NonZeroU64::new(25_000_000).map(Rate));
     assert_eq!((config.limits.cpus(), config.limits.workers()), (4, 3));
     assert_eq!(config.vmm.paths.len(), 2);
+    assert_eq!(config.flags.return_after, Wait(Duration::from_secs(90)));
+    assert_eq!(config.labels.0.get("datacenter").map(String::as_str), Some("dc-1"));
     assert_eq!(config.log.format, LogFormat::Json);
 }
 
 #[test]
 fn only_the_name_is_required_and_the_defaults_are_the_careful_ones() {
     let config = parse("node = \"hv-01\"").unwrap();
-    assert_eq!(config.flags, Flags { source: FlagSource::None, without: Without::V1 });
+    assert_eq!((&config.flags.source, config.flags.without), (&FlagSource::None, Without::V1));
+    assert_eq!(config.flags.return_after, Wait(Duration::from_secs(60)));
     assert_eq!(
         config.policy,
         Policy { v1_plain: false, v1: V1Policy::Any, datacenter_encryption: Encryption::Tls }
@@ -80,16 +90,16 @@ fn an_error_names_file_line_column_and_what_was_expected() {
     assert_eq!(
         error("state_dir", "stat_dir"),
         "/etc/dwcp/dwcpd.toml:3:1: unknown key `stat_dir`, expected one of `node`, `state_dir`, `listen`, `identity`, \
-         `flags`, `policy`, `limits`, `vmm`, `log`\n  \
+         `flags`, `policy`, `limits`, `vmm`, `labels`, `log`\n  \
          |\n\
          3 | stat_dir = \"/var/lib/dwcp\"\n  \
          | ^^^^^^^^"
     );
     assert_eq!(
         error("64MiB", "64"),
-        "/etc/dwcp/dwcpd.toml:27:10: expected a size with its unit, such as 64MiB or 1GB, found \"64\"\n   \
+        "/etc/dwcp/dwcpd.toml:31:10: expected a size with its unit, such as 64MiB or 1GB, found \"64\"\n   \
          |\n\
-         27 | memory = \"64\"\n   \
+         31 | memory = \"64\"\n   \
          |          ^^^^"
     );
 }
@@ -104,15 +114,17 @@ fn bad_values_are_refused_where_they_stand() {
         ("unix:/run", "/run", ":7:7: ", "expected unix: and an absolute path"),
         ("file:/etc", "file:etc", ":15:10: ", "file:/PATH"),
         ("\"v3\"", "\"v2\"", ":16:11: ", "unknown value `v2`, expected `v1` or `v3`"),
-        ("v1_plain = true", "v1_plain = \"yes\"", ":19:12: ", "expected a boolean"),
-        ("\"datacenter\"", "\"lan\"", ":20:6: ", "`any`, `datacenter`, `never`"),
-        ("migrations = 2", "migrations = 0", ":24:14: ", "from 1 to 64"),
-        ("cpus = 4", "cpus = -1", ":25:8: ", "expected u64"),
-        ("200Mbit", "0Mbit", ":28:13: ", "rate above zero"),
-        ("\"none\"\npaths", "\"gdb\"\npaths", ":31:10: ", "`none` or `ptrace`"),
-        ("info,dwcp_link=debug", "loud", ":36:9: ", "expected error, warn, info, debug or trace"),
-        ("[log]", "[logs]", ":34:2: ", "unknown key `logs`"),
-        ("[log]", "[log", ":34:5: ", "expected `]`"),
+        ("v1_plain = true", "v1_plain = \"yes\"", ":23:12: ", "expected a boolean"),
+        ("\"datacenter\"", "\"lan\"", ":24:6: ", "`any`, `datacenter`, `never`"),
+        ("migrations = 2", "migrations = 0", ":28:14: ", "from 1 to 64"),
+        ("cpus = 4", "cpus = -1", ":29:8: ", "expected u64"),
+        ("200Mbit", "0Mbit", ":32:13: ", "rate above zero"),
+        ("\"none\"\npaths", "\"gdb\"\npaths", ":35:10: ", "`none` or `ptrace`"),
+        ("info,dwcp_link=debug", "loud", ":43:9: ", "expected error, warn, info, debug or trace"),
+        ("\"90s\"", "\"0s\"", ":20:16: ", "from 1s to 86400s"),
+        ("dc-1", "dc 1", ":38:1: ", "1 to 64 characters"),
+        ("[log]", "[logs]", ":41:2: ", "unknown key `logs`"),
+        ("[log]", "[log", ":41:5: ", "expected `]`"),
     ] {
         let error = error(from, to);
         let (first, _) = error.split_once('\n').unwrap_or((&error, ""));
@@ -128,10 +140,26 @@ fn a_file_that_is_not_there_is_named() {
 }
 
 #[test]
-fn a_remote_flag_source_is_read() {
-    for url in ["http://10.0.0.1:8080", "ofrep+http://flags.example"] {
-        let config = parse(&format!("node = \"x\"\n[flags]\nsource = \"{url}\"")).unwrap();
-        assert_eq!(config.flags.source, FlagSource::Remote(url.to_owned()));
+fn flag_servers_are_read_with_all_their_endpoints() {
+    let source = |text: &str| {
+        parse(&format!("node = \"x\"\n[flags]\nsource = \"{text}\"")).map(|config| config.flags.source)
+    };
+    let url = |text| Url::try_from(text).unwrap();
+    let (a, b) = (url("http://10.0.0.1:8080"), url("https://b"));
+    assert_eq!(source("http://10.0.0.1:8080, https://b"), Ok(FlagSource::Server(vec![a.clone(), b])));
+    let ofrep = source("ofrep+http://10.0.0.1:8080").unwrap();
+    assert_eq!(ofrep, FlagSource::Ofrep(vec![a]));
+    assert_eq!(ofrep.to_string(), "ofrep+http://10.0.0.1:8080");
+    for (text, expected) in [
+        ("http://a,ofrep+http://b", "either all endpoints"),
+        ("http://a,", "expected a URL"),
+        ("https://u@a", "token_file"),
+        (&["http://a"; 9].join(","), "at most 8"),
+        ("ldap://a", "expected a URL"),
+        ("a", "expected \"none\""),
+    ] {
+        let error = source(text).unwrap_err();
+        assert!(error.contains(expected), "{error}");
     }
 }
 
@@ -159,8 +187,10 @@ fn what_the_packaged_file_comments_out_is_the_default() {
     let uncommented = uncommented.join("\n");
     let mut all = parse(&uncommented).unwrap();
     assert!(all.limits.cpus.is_some() && all.limits.workers.is_some() && all.limits.bandwidth.is_some());
-    // These three have examples, since their default is no value.
+    assert!(all.flags.server_key.is_some() && all.flags.token_file.is_some() && !all.labels.0.is_empty());
+    // These have examples, since their default is no value.
     (all.limits.cpus, all.limits.workers, all.limits.bandwidth) = (None, None, None);
+    (all.flags.server_key, all.flags.token_file, all.labels) = (None, None, Labels::default());
     assert_eq!(all, parse(PACKAGED).unwrap());
 
     // And no key is left out.

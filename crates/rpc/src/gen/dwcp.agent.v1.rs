@@ -441,7 +441,7 @@ pub struct Gate {
     /// The reason, in one sentence.
     #[prost(string, tag = "3")]
     pub reason: ::prost::alloc::string::String,
-    /// Where the verdict comes from: `none` or `file:PATH`.
+    /// Where the verdict comes from, as in \[flags\] source.
     #[prost(string, tag = "4")]
     pub from: ::prost::alloc::string::String,
     /// The flag document's epoch: its incarnation.
@@ -460,6 +460,102 @@ pub struct Peer {
     /// Fingerprint of its key: the first 16 hex digits of its BLAKE3 hash.
     #[prost(string, tag = "2")]
     pub fingerprint: ::prost::alloc::string::String,
+}
+/// Asks for the flag.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlagsRequest {}
+/// The flag as this node sees it.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FlagsStatus {
+    /// The node's name.
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    /// The flag's name.
+    #[prost(string, tag = "2")]
+    pub feature: ::prost::alloc::string::String,
+    /// Where it comes from, as in \[flags\] source.
+    #[prost(string, tag = "3")]
+    pub source: ::prost::alloc::string::String,
+    /// `v1` or `v3`: what a new migration from this node takes, if its peer agrees.
+    #[prost(string, tag = "4")]
+    pub path: ::prost::alloc::string::String,
+    /// What becomes of migrations that run.
+    #[prost(enumeration = "RunningMigrations", tag = "5")]
+    pub running: i32,
+    /// Why `path` is what it is: stable, snake_case.
+    #[prost(string, tag = "6")]
+    pub reason_code: ::prost::alloc::string::String,
+    /// The same in one sentence.
+    #[prost(string, tag = "7")]
+    pub reason: ::prost::alloc::string::String,
+    /// Why this node refuses v3 for migrations that come to it; empty where it does not.
+    #[prost(string, tag = "8")]
+    pub veto_code: ::prost::alloc::string::String,
+    /// The same in one sentence.
+    #[prost(string, tag = "9")]
+    pub veto: ::prost::alloc::string::String,
+    /// Where the node stands in a percentage: 1 to 100, in where the percentage is at least this.
+    #[prost(uint32, tag = "10")]
+    pub bucket: u32,
+    /// The document in force; absent before the first, and where the source evaluates the flag itself.
+    #[prost(message, optional, tag = "11")]
+    pub document: ::core::option::Option<FlagDocument>,
+    /// Seconds since the source was last asked and confirmed what is in force; absent before that, and without a source.
+    #[prost(double, optional, tag = "12")]
+    pub age_seconds: ::core::option::Option<f64>,
+    /// Seconds left of the lease; absent where the source has none.
+    #[prost(double, optional, tag = "13")]
+    pub lease_seconds: ::core::option::Option<f64>,
+    /// Which endpoint answered last; absent where the source has none.
+    #[prost(string, optional, tag = "14")]
+    pub endpoint: ::core::option::Option<::prost::alloc::string::String>,
+    /// The cluster of flag servers that the node obeys.
+    #[prost(string, optional, tag = "15")]
+    pub cluster: ::core::option::Option<::prost::alloc::string::String>,
+    /// What went wrong with the source last; it may be over.
+    #[prost(string, optional, tag = "16")]
+    pub error: ::core::option::Option<::prost::alloc::string::String>,
+    /// How many seconds ago.
+    #[prost(double, optional, tag = "17")]
+    pub error_age_seconds: ::core::option::Option<f64>,
+    /// Seconds until running migrations may return to v3, if v3 stays allowed; absent while it is not.
+    #[prost(double, optional, tag = "18")]
+    pub return_seconds: ::core::option::Option<f64>,
+    /// How often an answer was refused, by reason, as in dwcp_flag_refused_total; those above 0.
+    #[prost(map = "string, uint64", tag = "19")]
+    pub refused: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+}
+/// The flag document in force, as far as it concerns this node.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlagDocument {
+    /// Whether the flag is on.
+    #[prost(bool, tag = "1")]
+    pub enabled: bool,
+    /// Which part of the nodes is in.
+    #[prost(uint32, tag = "2")]
+    pub percentage: u32,
+    /// This node is excluded.
+    #[prost(bool, tag = "3")]
+    pub excluded: bool,
+    /// This node is a canary.
+    #[prost(bool, tag = "4")]
+    pub canary: bool,
+    /// What an expired lease does: `v1-new`, `v1-all` or `hold`.
+    #[prost(string, tag = "5")]
+    pub on_stale: ::prost::alloc::string::String,
+    /// Its version; absent where an operator wrote it by hand.
+    #[prost(message, optional, tag = "6")]
+    pub epoch: ::core::option::Option<Epoch>,
+}
+/// Which version of the flag.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Epoch {
+    /// Life of the flag's store.
+    #[prost(uint64, tag = "1")]
+    pub incarnation: u64,
+    /// Change within it.
+    #[prost(uint64, tag = "2")]
+    pub counter: u64,
 }
 /// What becomes of a VMM process that is no longer needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -761,6 +857,43 @@ impl Phase {
             "PHASE_COMPLETED" => Some(Self::Completed),
             "PHASE_ABORTED" => Some(Self::Aborted),
             "PHASE_FAILED" => Some(Self::Failed),
+            _ => None,
+        }
+    }
+}
+/// What the flag says to migrations that run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RunningMigrations {
+    /// Not said.
+    Unspecified = 0,
+    /// Those on v3 must change to v1.
+    Leave = 1,
+    /// Each stays on its path.
+    Keep = 2,
+    /// Those on v1 may change to v3.
+    Return = 3,
+}
+impl RunningMigrations {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "RUNNING_MIGRATIONS_UNSPECIFIED",
+            Self::Leave => "RUNNING_MIGRATIONS_LEAVE",
+            Self::Keep => "RUNNING_MIGRATIONS_KEEP",
+            Self::Return => "RUNNING_MIGRATIONS_RETURN",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "RUNNING_MIGRATIONS_UNSPECIFIED" => Some(Self::Unspecified),
+            "RUNNING_MIGRATIONS_LEAVE" => Some(Self::Leave),
+            "RUNNING_MIGRATIONS_KEEP" => Some(Self::Keep),
+            "RUNNING_MIGRATIONS_RETURN" => Some(Self::Return),
             _ => None,
         }
     }
@@ -1116,6 +1249,28 @@ pub mod migrations_client {
                 .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "Node"));
             self.inner.unary(req, path, codec).await
         }
+        /// The flag as this node sees it: value, reason, age, lease, endpoint.
+        pub async fn flags(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FlagsRequest>,
+        ) -> std::result::Result<tonic::Response<super::FlagsStatus>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/dwcp.agent.v1.Migrations/Flags",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "Flags"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1200,6 +1355,11 @@ pub mod migrations_server {
             &self,
             request: tonic::Request<super::NodeRequest>,
         ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status>;
+        /// The flag as this node sees it: value, reason, age, lease, endpoint.
+        async fn flags(
+            &self,
+            request: tonic::Request<super::FlagsRequest>,
+        ) -> std::result::Result<tonic::Response<super::FlagsStatus>, tonic::Status>;
     }
     /// Migrations of the node on which the agent runs.
     #[derive(Debug)]
@@ -1747,6 +1907,49 @@ pub mod migrations_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = NodeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/dwcp.agent.v1.Migrations/Flags" => {
+                    #[allow(non_camel_case_types)]
+                    struct FlagsSvc<T: Migrations>(pub Arc<T>);
+                    impl<T: Migrations> tonic::server::UnaryService<super::FlagsRequest>
+                    for FlagsSvc<T> {
+                        type Response = super::FlagsStatus;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FlagsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Migrations>::flags(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FlagsSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
