@@ -451,8 +451,8 @@ async fn join(connection: Connection, session: &SessionId, purpose: Purpose, key
         anyhow::bail!("no challenge")
     };
     let binding = challenge.nonce.as_slice().try_into()?;
-    let signature = key.sign(&join_message(session, purpose, 0, &binding)).to_vec();
-    let join = Join { session: session.0.to_vec(), purpose: purpose as i32, link: 0, signature };
+    let signature = key.sign(&join_message(session, purpose, 0, 0, &binding)).to_vec();
+    let join = Join { session: session.0.to_vec(), purpose: purpose as i32, leg: 0, link: 0, signature };
     write(&mut writer, Body::Join(join)).await?;
     let Frame::Message(body, _) = read(&mut reader).await? else { anyhow::bail!("no answer") };
     Ok(body)

@@ -8,7 +8,7 @@
 //! handshake, joins, chunks with their chain of hashes, the handover. What he does besides is the test's [`Attack`];
 //! without one a migration through him succeeds, which shows that an attack is refused for its own sake.
 //!
-//! It follows one data connection: `--streams 1`.
+//! It follows one data connection on one path: `--streams 1`, and no change of path.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -21,7 +21,7 @@ use dwcp_proto::chunk::{HEADER_LEN, Kind, SIGNED_HEADER_LEN};
 use dwcp_proto::frame::{HEAD_LEN, Head, Tag};
 use dwcp_proto::handover::{Message as Word, Transfer};
 use dwcp_proto::message::{Body, Confirm, Confirmed, Join, Joined, Message, Purpose};
-use dwcp_proto::session::{Transcript, bytes_root, confirm_message, join_message, joined_message};
+use dwcp_proto::session::{Transcript, confirm_message, join_message, joined_message};
 use dwcp_proto::{ChunkHeader, NodeKey, Seq, SessionId, Side, signed};
 use dwcp_tests::Agent;
 use prost::Message as _;
@@ -321,7 +321,8 @@ impl Shared {
     ) -> Result<bool> {
         let (near_id, far_id) = self.ids()?;
         let purpose = Purpose::try_from(join.purpose)?;
-        let signature = self.a.sign(&join_message(&far_id, purpose, join.link, &bindings.1)).to_vec();
+        let signature =
+            self.a.sign(&join_message(&far_id, purpose, join.leg, join.link, &bindings.1)).to_vec();
         write(&mut far.1, Body::Join(Join { session: far_id.0.to_vec(), signature, ..join })).await?;
         let Frame::Message(body, _) = read(&mut far.0).await? else { bail!("no answer to a join") };
         let Body::Joined(joined) = body else {
@@ -449,6 +450,12 @@ impl Shared {
     fn whole(&self) -> Option<(Transfer, Transfer)> {
         lock(&self.session).as_ref().and_then(|session| session.whole)
     }
+}
+
+/// What stands for a whole v1 transfer: see `dwcp_proto::leg`.
+fn bytes_root(session: &SessionId, length: u64) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("dwcp 2026-11 v1 root");
+    *hasher.update(&session.0).update(&length.to_be_bytes()).finalize().as_bytes()
 }
 
 async fn pass_bytes(near: (Reader, Writer), far: (Reader, Writer)) -> Result<()> {
