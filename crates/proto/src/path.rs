@@ -75,8 +75,10 @@ impl fmt::Display for Cause {
 pub struct Permit {
     /// One on v3 may stay there.
     pub stay: bool,
-    /// One on v1 may go to v3.
+    /// One on v1 may go to v3 by itself.
     pub enter: bool,
+    /// One on v1 may go to v3 if an operator asks.
+    pub allow: bool,
     /// The flag's words.
     pub reason: String,
 }
@@ -163,7 +165,7 @@ impl PathChoice {
     /// v3 is asked for and something forbids it; in words.
     pub fn ask(&mut self, path: Path) -> Result<(), String> {
         if path == Path::V3
-            && let Some((_, why)) = self.against_entering()
+            && let Some((_, why)) = self.against_asking()
         {
             return Err(why);
         }
@@ -207,7 +209,7 @@ impl PathChoice {
                 Some(Change { to: Path::V1, cause, reason })
             }
             Path::V1 if self.fixed == Some(Path::V1) => None,
-            Path::V1 if self.asked => self.against_entering().is_none().then(|| Change {
+            Path::V1 if self.asked => self.against_asking().is_none().then(|| Change {
                 to: Path::V3,
                 cause: Cause::Operator,
                 reason: "an operator asked for v3".to_owned(),
@@ -240,6 +242,13 @@ impl PathChoice {
         self.others()
     }
 
+    fn against_asking(&self) -> Option<(Cause, String)> {
+        if !self.permit.allow {
+            return Some((Cause::Flag, self.permit.reason.clone()));
+        }
+        self.others()
+    }
+
     fn others(&self) -> Option<(Cause, String)> {
         let veto = self.veto.as_ref().map(|why| (Cause::Veto, format!("the peer vetoes v3: {why}")));
         veto.or_else(|| self.trouble.clone())
@@ -263,7 +272,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(100);
 
     fn permit(on: bool) -> Permit {
-        Permit { stay: on, enter: on, reason: if on { "flag on" } else { "flag off" }.to_owned() }
+        Permit { stay: on, enter: on, allow: on, reason: if on { "flag on" } else { "flag off" }.to_owned() }
     }
 
     fn seconds(s: f64) -> Duration {
@@ -295,13 +304,19 @@ mod tests {
 
     #[test]
     fn a_lapsed_lease_keeps_running_migrations_but_lets_none_enter() {
-        let lapsed = Permit { stay: true, enter: false, reason: "lease".into() };
+        let lapsed = Permit { stay: true, enter: false, allow: false, reason: "lease".into() };
         let mut choice = on_v3();
         choice.permit(lapsed.clone(), seconds(1.0));
         assert_eq!(choice.poll(seconds(500.0)), None);
         let mut choice = PathChoice::new(Path::V1, None, lapsed, PATIENCE, Duration::ZERO);
         assert_eq!((choice.poll(seconds(500.0)), choice.next_poll(seconds(500.0))), (None, None));
         assert_eq!(choice.ask(Path::V3), Err("lease".to_owned()));
+        // The flag is on again, and the node waits before it returns by itself.
+        let waiting = Permit { stay: true, enter: false, allow: true, reason: "on".into() };
+        choice.permit(waiting, seconds(500.0));
+        assert_eq!(choice.poll(seconds(900.0)), None);
+        choice.ask(Path::V3).unwrap();
+        assert_eq!(choice.poll(seconds(900.0)).unwrap().cause, Cause::Operator);
     }
 
     #[test]

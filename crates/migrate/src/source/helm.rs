@@ -135,6 +135,7 @@ fn permit(gate: &Gate) -> Permit {
     Permit {
         stay: running != Running::Leave,
         enter: running == Running::Return,
+        allow: gate.source.new == Path::V3,
         reason: gate.source.reason.text.clone(),
     }
 }
