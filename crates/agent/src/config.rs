@@ -282,13 +282,22 @@ pub(crate) struct Limits {
     pub(crate) workers: Option<Count<256>>,
     /// Bytes of one migration that were read from the VMM and are not yet acknowledged.
     pub(crate) memory: Memory,
+    /// Anonymous memory of the whole agent above which running migrations change to v1, which needs less.
+    pub(crate) agent_memory: Option<Memory>,
     /// Bytes a second on the wire that one migration may take; a request can lower it, not raise it.
     pub(crate) bandwidth: Option<Rate>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { migrations: Count(4), cpus: None, workers: None, memory: Memory(64 << 20), bandwidth: None }
+        Limits {
+            migrations: Count(4),
+            cpus: None,
+            workers: None,
+            memory: Memory(64 << 20),
+            agent_memory: None,
+            bandwidth: None,
+        }
     }
 }
 

@@ -121,6 +121,15 @@ fn leave(field: &str, number: i32) -> Result<Leave, Failure> {
     })
 }
 
+/// The path that an operator wants a running migration on.
+pub(crate) fn path(number: i32) -> Result<dwcp_proto::Path, Failure> {
+    match known::<v1::PathWish>("path", number)? {
+        v1::PathWish::V1 => Ok(dwcp_proto::Path::V1),
+        v1::PathWish::V3 => Ok(dwcp_proto::Path::V3),
+        v1::PathWish::Auto => Err(bad("path", "missing: v1 or v3")),
+    }
+}
+
 /// An operator's decision. What is at stake is a guest: there is no default, and no word too many.
 pub(crate) fn resolution(request: &v1::ResolveRequest) -> Result<Resolution, Failure> {
     let peer_fenced = request.peer_fenced;

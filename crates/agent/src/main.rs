@@ -195,6 +195,7 @@ fn limits(config: &Config) -> Limits {
         inflight: config.limits.memory.0,
         workers: config.limits.workers(),
         migrations: config.limits.migrations.0,
+        memory: config.limits.agent_memory.map(|memory| memory.0),
     }
 }
 

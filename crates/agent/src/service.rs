@@ -143,6 +143,18 @@ impl Migrations for Service {
         )))
     }
 
+    async fn switch(
+        &self,
+        request: Request<v1::SwitchRequest>,
+    ) -> Result<Response<v1::SwitchResponse>, Status> {
+        let request = request.get_ref();
+        let id = convert::parse("id", &request.id).map_err(refusal)?;
+        let path = convert::path(request.path).map_err(refusal)?;
+        info!(%id, path = path.name(), "asked to change the path");
+        let text = self.engine.switch(&id, path).await.map_err(refusal)?;
+        Ok(Response::new(v1::SwitchResponse { text }))
+    }
+
     async fn resolve(
         &self,
         request: Request<v1::ResolveRequest>,

@@ -44,6 +44,8 @@ pub(crate) enum Command {
     List(ListArgs),
     /// Abort a migration; the guest goes on at the source.
     Cancel(CancelArgs),
+    /// Change the path of a running migration; ask at its source.
+    Switch(SwitchArgs),
     /// Tell what happened in a migration, who owns the guest, and what to do next; after a restart of the agent too.
     Explain(ExplainArgs),
     /// Decide where the guest runs when the agents cannot: the link is gone for good, or a VMM refuses.
@@ -60,6 +62,7 @@ impl Command {
             Command::Status(args) => args.json,
             Command::List(args) => args.json,
             Command::Cancel(args) => args.json,
+            Command::Switch(args) => args.json,
             Command::Explain(args) => args.json,
             Command::Resolve(args) => args.json,
         }
@@ -236,6 +239,42 @@ pub(crate) struct CancelArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Arguments of `switch`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Nothing is lost: the data goes on from the exact byte that the destination has applied. On v1 the migration then stays; on v3 for as
+long as the flag, the peer and this node allow it. Watch it with `status`.")]
+pub(crate) struct SwitchArgs {
+    /// The migration.
+    pub(crate) id: MigrationId,
+    /// The path to take.
+    #[arg(long, value_enum)]
+    pub(crate) path: PathName,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A path by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PathName {
+    /// One connection, the VMM's bytes as they are.
+    V1,
+    /// Chunks: hashed, signed, verified.
+    V3,
+}
+
+impl SwitchArgs {
+    /// The request.
+    pub(crate) fn request(&self) -> v1::SwitchRequest {
+        let path = match self.path {
+            PathName::V1 => v1::PathWish::V1,
+            PathName::V3 => v1::PathWish::V3,
+        };
+        v1::SwitchRequest { id: self.id.to_string(), path: path.into() }
+    }
 }
 
 /// Arguments of `explain`.

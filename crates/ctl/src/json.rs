@@ -144,6 +144,13 @@ pub(crate) struct Resolved<'a> {
     error: Option<Failure<'a>>,
 }
 
+/// What becomes of a wish for a path.
+#[derive(Debug, Serialize)]
+pub(crate) struct Switched<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) text: &'a str,
+}
+
 /// A migration's status.
 pub(crate) fn status(s: &v1::Status) -> Status<'_> {
     let p = s.progress.unwrap_or_default();

@@ -52,6 +52,7 @@ async fn run(args: Args) -> Result<Exit, CtlError> {
         Command::Status(args) => show::status(client::connect(&agent).await?, args).await,
         Command::List(args) => show::list(client::connect(&agent).await?, &args).await,
         Command::Cancel(args) => show::cancel(client::connect(&agent).await?, args).await,
+        Command::Switch(args) => show::switch(client::connect(&agent).await?, &args).await,
         Command::Explain(args) => explain::run(client::connect(&agent).await?, &args).await,
         Command::Resolve(args) => resolve::run(client::connect(&agent).await?, &args).await,
     }

@@ -1,9 +1,9 @@
-//! Results for people, and the commands that only show: `status`, `list`, `cancel`.
+//! Results for people, and the commands that do little else: `status`, `list`, `switch`, `cancel`.
 
 use dwcp_proto::units;
 use dwcp_rpc::v1::{self, Phase, Role};
 
-use crate::args::{CancelArgs, ListArgs, StatusArgs};
+use crate::args::{CancelArgs, ListArgs, StatusArgs, SwitchArgs};
 use crate::client::{Client, QUICK, SLOW, within};
 use crate::error::{CtlError, Exit, explain, one_line};
 use crate::json;
@@ -47,6 +47,17 @@ pub(crate) async fn list(mut client: Client, args: &ListArgs) -> Result<Exit, Ct
         ]
     });
     print!("{}", table(std::iter::once(header).chain(rows)));
+    Ok(Exit::Done)
+}
+
+/// `dwcpctl switch ID`.
+pub(crate) async fn switch(mut client: Client, args: &SwitchArgs) -> Result<Exit, CtlError> {
+    let request = args.request();
+    let answer = client.switch(within(SLOW, request.clone())).await?.into_inner();
+    match args.json {
+        true => json::print(&json::Switched { id: &request.id, text: &answer.text }),
+        false => println!("{}", one_line(&answer.text)),
+    }
     Ok(Exit::Done)
 }
 

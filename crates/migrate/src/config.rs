@@ -106,6 +106,8 @@ pub struct Limits {
     pub workers: usize,
     /// Migrations at once, both directions together.
     pub migrations: usize,
+    /// Anonymous memory that this agent may take, bytes: above it running migrations change to v1. `None` is no limit.
+    pub memory: Option<u64>,
 }
 
 /// What the engine is built from.

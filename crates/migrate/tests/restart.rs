@@ -55,7 +55,7 @@ impl Agent {
             peers: Arc::new(Peers::of([key("a", 1).public(), key("b", 2).public()])),
             state_dir: self.state.clone(),
             policy: Policy::default(),
-            limits: Limits { inflight: 16 << 20, workers: 1, migrations: 4 },
+            limits: Limits { inflight: 16 << 20, workers: 1, migrations: 4, memory: None },
             gate: self.gate.subscribe(),
             listen: self.listen,
         };

@@ -192,6 +192,10 @@ impl Migrations for Script {
         Err(Status::unimplemented(""))
     }
 
+    async fn switch(&self, _: Request<v1::SwitchRequest>) -> Result<Response<v1::SwitchResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn resolve(
         &self,
         request: Request<v1::ResolveRequest>,

@@ -294,7 +294,7 @@ impl Run {
         let (report, leg, config) = (self.report.clone(), out.leg(), &self.shared.config);
         let stopped = self.stopped.subscribe();
         let helm =
-            Helm::new(leg.path, self.fixed, config.gate.clone(), switches, stopped, None);
+            Helm::new(leg.path, self.fixed, config.gate.clone(), switches, stopped, config.limits.memory);
         let turns = self.turns_tx.clone();
         let carry = async move {
             let read = ingest::ingest(stream, leg.mode, segments_tx, report);

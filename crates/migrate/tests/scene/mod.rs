@@ -47,7 +47,7 @@ impl Node {
             peers: Arc::new(peers),
             state_dir: dir.path().join("state"),
             policy,
-            limits: Limits { inflight: 16 << 20, workers: 2, migrations: 8 },
+            limits: Limits { inflight: 16 << 20, workers: 2, migrations: 8, memory: None },
             gate: gate_rx,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         };

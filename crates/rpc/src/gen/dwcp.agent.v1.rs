@@ -193,6 +193,23 @@ pub struct ResolveRequest {
     #[prost(bool, tag = "4")]
     pub act: bool,
 }
+/// Which path a running migration is to take.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SwitchRequest {
+    /// The migration.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// PATH_WISH_V1 or PATH_WISH_V3. On v1 it then stays; on v3 for as long as flag and peer allow it.
+    #[prost(enumeration = "PathWish", tag = "2")]
+    pub path: i32,
+}
+/// What becomes of the wish; the change itself shows in the migration's status.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SwitchResponse {
+    /// In one sentence.
+    #[prost(string, tag = "1")]
+    pub text: ::prost::alloc::string::String,
+}
 /// What was decided, or would be.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ResolveResponse {
@@ -1176,6 +1193,29 @@ pub mod migrations_client {
                 .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "Estimate"));
             self.inner.unary(req, path, codec).await
         }
+        /// Changes the path of a running migration, at its source's agent. Refused where flag, peer or policy forbid the path,
+        /// before the data flows, and once the switchover has begun.
+        pub async fn switch(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SwitchRequest>,
+        ) -> std::result::Result<tonic::Response<super::SwitchResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/dwcp.agent.v1.Migrations/Switch",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "Switch"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Ends by an operator's word what the two agents cannot end by themselves: a migration in doubt, a VMM that refuses
         /// to run the guest. Says what it would do, or does it; refused where nothing waits for a decision.
         pub async fn resolve(
@@ -1339,6 +1379,12 @@ pub mod migrations_server {
             tonic::Response<super::EstimateResponse>,
             tonic::Status,
         >;
+        /// Changes the path of a running migration, at its source's agent. Refused where flag, peer or policy forbid the path,
+        /// before the data flows, and once the switchover has begun.
+        async fn switch(
+            &self,
+            request: tonic::Request<super::SwitchRequest>,
+        ) -> std::result::Result<tonic::Response<super::SwitchResponse>, tonic::Status>;
         /// Ends by an operator's word what the two agents cannot end by themselves: a migration in doubt, a VMM that refuses
         /// to run the guest. Says what it would do, or does it; refused where nothing waits for a decision.
         async fn resolve(
@@ -1774,6 +1820,49 @@ pub mod migrations_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = EstimateSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/dwcp.agent.v1.Migrations/Switch" => {
+                    #[allow(non_camel_case_types)]
+                    struct SwitchSvc<T: Migrations>(pub Arc<T>);
+                    impl<T: Migrations> tonic::server::UnaryService<super::SwitchRequest>
+                    for SwitchSvc<T> {
+                        type Response = super::SwitchResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SwitchRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Migrations>::switch(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SwitchSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
