@@ -264,8 +264,8 @@ fn what_is_wrong_at_the_start_is_said_with_what_to_do() {
     }
 
     let home = Home::new();
-    home.edit("[flags]", "[flags]\nsource = \"http://127.0.0.1:1\"");
-    assert_refused(&home, "not built into this version", "file:/PATH");
+    home.edit("[flags]", "[flags]\nsource = \"https://127.0.0.1:1\"\nca = \"/nonexistent.pem\"");
+    assert_refused(&home, "[flags] ca /nonexistent.pem", "PEM file");
 }
 
 #[test]

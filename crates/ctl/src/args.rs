@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Explain(ExplainArgs),
     /// Decide where the guest runs when the agents cannot: the link is gone for good, or a VMM refuses.
     Resolve(ResolveArgs),
+    /// Show the flag as this node sees it: path, reason, bucket, epoch, age, lease, endpoint, last error.
+    Flags(FlagsArgs),
 }
 
 impl Command {
@@ -65,6 +67,7 @@ impl Command {
             Command::Switch(args) => args.json,
             Command::Explain(args) => args.json,
             Command::Resolve(args) => args.json,
+            Command::Flags(args) => args.json,
         }
     }
 }
@@ -236,6 +239,14 @@ pub(crate) struct ListArgs {
 pub(crate) struct CancelArgs {
     /// The migration.
     pub(crate) id: MigrationId,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Arguments of `flags`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct FlagsArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

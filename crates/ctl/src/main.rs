@@ -11,6 +11,7 @@ mod args;
 mod client;
 mod error;
 mod explain;
+mod flags;
 mod incoming;
 mod json;
 mod keygen;
@@ -54,6 +55,7 @@ async fn run(args: Args) -> Result<Exit, CtlError> {
         Command::Cancel(args) => show::cancel(client::connect(&agent).await?, args).await,
         Command::Switch(args) => show::switch(client::connect(&agent).await?, &args).await,
         Command::Explain(args) => explain::run(client::connect(&agent).await?, &args).await,
+        Command::Flags(args) => flags::run(client::connect(&agent).await?, &args).await,
         Command::Resolve(args) => resolve::run(client::connect(&agent).await?, &args).await,
     }
 }

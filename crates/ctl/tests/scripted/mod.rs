@@ -54,6 +54,11 @@ impl Agent {
         *self.script.0.story.lock().unwrap() = (sides, refuses);
     }
 
+    /// What it says of the flag.
+    pub(crate) fn sees(&self, flags: v1::FlagsStatus) {
+        *self.script.0.flags.lock().unwrap() = flags;
+    }
+
     /// The decisions that it was asked to explain or to take.
     pub(crate) fn decisions(&self) -> Vec<v1::ResolveRequest> {
         self.script.0.log.borrow().decisions.clone()
@@ -100,6 +105,7 @@ struct Inner {
     log: watch::Sender<Log>,
     followers: Mutex<Vec<JoinHandle<()>>>,
     story: Mutex<(Vec<v1::Explanation>, Option<v1::Failure>)>,
+    flags: Mutex<v1::FlagsStatus>,
 }
 
 /// What was asked of the agent.
@@ -218,6 +224,10 @@ impl Migrations for Script {
 
     async fn node(&self, _: Request<v1::NodeRequest>) -> Result<Response<v1::NodeStatus>, Status> {
         Err(Status::unimplemented(""))
+    }
+
+    async fn flags(&self, _: Request<v1::FlagsRequest>) -> Result<Response<v1::FlagsStatus>, Status> {
+        Ok(Response::new(self.0.flags.lock().unwrap().clone()))
     }
 }
 
