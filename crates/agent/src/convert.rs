@@ -9,7 +9,7 @@ use std::time::Duration;
 use dwcp_migrate::spec::{
     DEFAULT_DOWNTIME, IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm,
 };
-use dwcp_migrate::status::{Explanation, Moment, Phase, Role, Status};
+use dwcp_migrate::status::{Explanation, Moment, Phase, Role, Status, Story};
 use dwcp_migrate::{Blame, CheckReport, Failure, Gate};
 use dwcp_proto::handover::Resolution;
 use dwcp_rpc::{MAX_MESSAGE, failure, v1};
@@ -199,18 +199,31 @@ fn role(role: Role) -> v1::Role {
     }
 }
 
-/// What this node knows of a migration, each side by itself.
-pub(crate) fn explanations(sides: Vec<Explanation>) -> v1::ExplainResponse {
-    v1::ExplainResponse { sides: sides.into_iter().map(explanation).collect() }
+/// What is known of a migration, each side by itself.
+pub(crate) fn story(story: Story) -> v1::ExplainResponse {
+    let teller = |role: Role| {
+        let of_peer = |side: &&Explanation| side.role != role;
+        story.sides.iter().find(of_peer).and_then(|side| side.peer.clone()).map(String::from)
+    };
+    let told = |peer: Explanation| v1::Explanation {
+        told_by: teller(peer.role).unwrap_or_default(),
+        ..explanation(peer)
+    };
+    let peers = story.peers.iter().cloned().map(told).collect();
+    v1::ExplainResponse {
+        peers,
+        sides: story.sides.into_iter().map(explanation).collect(),
+        unheard: story.unheard.into_iter().map(failure_message).collect(),
+    }
 }
 
 fn explanation(e: Explanation) -> v1::Explanation {
     let (timeline, moments_left_out) = newest(e.timeline);
     v1::Explanation {
         id: e.id.into(),
-        vm: e.vm.into(),
+        vm: e.vm.map(String::from).unwrap_or_default(),
         role: role(e.role).into(),
-        peer: e.peer.into(),
+        peer: e.peer.map(String::from).unwrap_or_default(),
         phase: e.phase,
         owner: e.owner,
         cause: e.cause.map(failure_message),
@@ -218,6 +231,7 @@ fn explanation(e: Explanation) -> v1::Explanation {
         timeline,
         moments_left_out,
         status: e.status.map(status),
+        told_by: String::new(),
     }
 }
 
@@ -243,6 +257,7 @@ pub(crate) fn unwritten(s: Status) -> v1::Explanation {
         timeline: Vec::new(),
         moments_left_out: 0,
         status: Some(s),
+        told_by: String::new(),
     }
 }
 
@@ -399,9 +414,9 @@ mod tests {
         let explained = explanation(Explanation {
             status: None,
             id: "m-1".parse().unwrap(),
-            vm: "web-1".parse().unwrap(),
+            vm: "web-1".parse().ok(),
             role: Role::Destination,
-            peer: "hv-02".parse().unwrap(),
+            peer: "hv-02".parse().ok(),
             phase: "in_doubt".to_owned(),
             owner: "in_doubt".to_owned(),
             cause: Some(Failure::new("in_doubt", Blame::Link, "no word", "wait")),

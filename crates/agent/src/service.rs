@@ -173,16 +173,15 @@ impl Migrations for Service {
         request: Request<v1::ExplainRequest>,
     ) -> Result<Response<v1::ExplainResponse>, Status> {
         let id = convert::parse("id", &request.get_ref().id).map_err(refusal)?;
-        let sides = match (self.engine.explain(&id).await, self.engine.get(&id)) {
-            (Ok(sides), _) if !sides.is_empty() => convert::explanations(sides),
+        let story = match (self.engine.explain(&id).await, self.engine.get(&id)) {
+            (Ok(story), _) => convert::story(story),
             // It failed, or waits, before there was anything to write down.
             (Err(failure), Some(status)) if failure.code == failure::UNKNOWN_MIGRATION => {
-                v1::ExplainResponse { sides: vec![convert::unwritten(status)] }
+                v1::ExplainResponse { sides: vec![convert::unwritten(status)], ..Default::default() }
             }
             (Err(failure), _) => return Err(refusal(failure)),
-            (Ok(_), _) => return Err(unknown(&id)),
         };
-        Ok(Response::new(sides))
+        Ok(Response::new(story))
     }
 
     async fn node(&self, _: Request<v1::NodeRequest>) -> Result<Response<v1::NodeStatus>, Status> {

@@ -291,7 +291,8 @@ impl SwitchArgs {
 /// Arguments of `explain`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Each node tells its own side, from its journal; ask at both. Times are by the clock of the node that is asked, in UTC.")]
+Each node tells its own side, from its journal, and asks the other node for its side. Times are in UTC, by the clock of the
+node that tells.")]
 pub(crate) struct ExplainArgs {
     /// The migration.
     pub(crate) id: MigrationId,

@@ -10,14 +10,17 @@ use crate::{json, show, utc};
 /// Runs the command.
 pub(crate) async fn run(mut client: Client, args: &ExplainArgs) -> Result<Exit, CtlError> {
     let id = args.id.to_string();
-    let sides = sides(&mut client, &id).await?;
+    let told = told(&mut client, &id).await?;
     if args.json {
-        json::print(&json::story(&id, &sides));
+        json::print(&json::story(&id, &told));
         return Ok(Exit::Done);
     }
-    let stories: Vec<String> = sides.iter().map(story).collect();
+    let stories: Vec<String> = told.sides.iter().chain(&told.peers).map(story).collect();
     print!("{}", stories.join("\n"));
-    if let [side] = sides.as_slice() {
+    for failure in &told.unheard {
+        println!("\n{}: {}", one_line(&failure.code), one_line(&failure.message));
+    }
+    if let ([side], []) = (told.sides.as_slice(), told.peers.as_slice()) {
         println!("\nthe other side is told at {}: dwcpctl explain {id}", one_line(&side.peer));
     }
     Ok(Exit::Done)
@@ -25,19 +28,29 @@ pub(crate) async fn run(mut client: Client, args: &ExplainArgs) -> Result<Exit, 
 
 /// What this node knows of a migration.
 pub(crate) async fn sides(client: &mut Client, id: &str) -> Result<Vec<v1::Explanation>, CtlError> {
+    Ok(told(client, id).await?.sides)
+}
+
+async fn told(client: &mut Client, id: &str) -> Result<v1::ExplainResponse, CtlError> {
     let request = v1::ExplainRequest { id: id.to_owned() };
-    Ok(client.explain(within(SLOW, request)).await?.into_inner().sides)
+    Ok(client.explain(within(SLOW, request)).await?.into_inner())
 }
 
 /// Where one side stands: what it is, the last decision, and who owns the guest.
 pub(crate) fn standing(e: &v1::Explanation) -> String {
-    let title = format!("{} of {}, as its {}; the peer is {}", e.id, e.vm, json::role(e.role()), e.peer);
+    let by = if e.told_by.is_empty() { String::new() } else { format!(", told by {}", e.told_by) };
+    let known = |name: &str| if name.is_empty() { "(unknown)".to_owned() } else { name.to_owned() };
+    let (vm, peer) = (known(&e.vm), known(&e.peer));
+    let title = format!("{} of {vm}, as its {}{by}; the peer is {peer}", e.id, json::role(e.role()));
     let stands = match &e.status {
         Some(status) if json::phase(status.phase()) != e.phase => {
             format!("{}; last decision: {}", words(json::phase(status.phase())), words(&e.phase))
         }
         Some(_) => words(&e.phase),
-        None => format!("last decision: {}; the agent no longer works on it", words(&e.phase)),
+        None if e.told_by.is_empty() => {
+            format!("last decision: {}; the agent no longer works on it", words(&e.phase))
+        }
+        None => format!("last decision: {}", words(&e.phase)),
     };
     format!("{}\n{}{}", one_line(&title), field("stands at", &stands), field("guest", &owner(e)))
 }
@@ -65,9 +78,15 @@ fn story(e: &v1::Explanation) -> String {
 /// Who owns the guest, and what that means for the operator.
 fn owner(e: &v1::Explanation) -> String {
     match (e.owner.as_str(), e.role()) {
-        ("source", v1::Role::Source) | ("destination", v1::Role::Destination) => "here".to_owned(),
+        ("source", v1::Role::Source) | ("destination", v1::Role::Destination) => match e.told_by.as_str() {
+            "" => "here".to_owned(),
+            node => format!("at {node}"),
+        },
         ("source" | "destination", _) => format!("at {}", e.peer),
-        ("in_doubt", _) => format!("in doubt: here or at {}; start it nowhere by hand", e.peer),
+        ("in_doubt", _) => {
+            let here = if e.told_by.is_empty() { "here" } else { "there" };
+            format!("in doubt: {here} or at {}; start it nowhere by hand", e.peer)
+        }
         ("nobody", _) => "lost: nobody has it".to_owned(),
         (other, _) => words(other),
     }
@@ -132,6 +151,7 @@ mod tests {
             ],
             moments_left_out: 0,
             status: None,
+            told_by: String::new(),
         }
     }
 

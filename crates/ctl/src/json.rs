@@ -104,11 +104,13 @@ struct Peer<'a> {
     fingerprint: &'a str,
 }
 
-/// What a node knows of a migration.
+/// What is known of a migration, here and at the other node.
 #[derive(Debug, Serialize)]
 pub(crate) struct Story<'a> {
     id: &'a str,
     sides: Vec<Side<'a>>,
+    peers: Vec<Side<'a>>,
+    unheard: Vec<Failure<'a>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -123,6 +125,7 @@ struct Side<'a> {
     timeline: Vec<Moment<'a>>,
     moments_left_out: u32,
     status: Option<Status<'a>>,
+    told_by: &'a str,
 }
 
 #[derive(Debug, Serialize)]
@@ -191,8 +194,8 @@ pub(crate) fn status(s: &v1::Status) -> Status<'_> {
     }
 }
 
-/// What a node knows of a migration.
-pub(crate) fn story<'a>(id: &'a str, sides: &'a [v1::Explanation]) -> Story<'a> {
+/// What is known of a migration.
+pub(crate) fn story<'a>(id: &'a str, told: &'a v1::ExplainResponse) -> Story<'a> {
     let moment = |m: &'a v1::Moment| Moment {
         unix_ms: m.unix_ms,
         time: utc::rfc3339(m.unix_ms),
@@ -210,8 +213,14 @@ pub(crate) fn story<'a>(id: &'a str, sides: &'a [v1::Explanation]) -> Story<'a> 
         timeline: e.timeline.iter().map(moment).collect(),
         moments_left_out: e.moments_left_out,
         status: e.status.as_ref().map(status),
+        told_by: &e.told_by,
     };
-    Story { id, sides: sides.iter().map(side).collect() }
+    Story {
+        id,
+        sides: told.sides.iter().map(side).collect(),
+        peers: told.peers.iter().map(side).collect(),
+        unheard: told.unheard.iter().map(failure).collect(),
+    }
 }
 
 /// What was decided; with an error, what would have been.

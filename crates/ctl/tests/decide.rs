@@ -117,6 +117,33 @@ async fn a_story_is_told_to_people_and_to_scripts() {
 }
 
 #[tokio::test]
+async fn both_ends_are_told_each_by_its_node() {
+    let agent = Agent::start();
+    let theirs = v1::Explanation {
+        role: v1::Role::Source.into(),
+        peer: "hv-01".to_owned(),
+        phase: "commit".to_owned(),
+        owner: "source".to_owned(),
+        told_by: "hv-02".to_owned(),
+        ..in_doubt()
+    };
+    agent.knows(vec![in_doubt(), theirs], None);
+    let output = end(agent.run(&["explain", "m-1"])).await;
+    let told = text(&output.stdout);
+    for expected in [
+        "m-1 of web-1, as its destination; the peer is hv-02\n",
+        "m-1 of web-1, as its source, told by hv-02; the peer is hv-01\n",
+        "guest     at hv-02\n",
+    ] {
+        assert!(told.contains(expected), "{expected}: {told}");
+    }
+    assert!(!told.contains("the other side is told at"), "{told}");
+    let output = end(agent.run(&["explain", "m-1", "--json"])).await;
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(object["peers"][0]["told_by"], "hv-02");
+}
+
+#[tokio::test]
 async fn an_unknown_migration_is_said_clearly() {
     let agent = Agent::start();
     for args in [&["explain", "m-9"][..], &["resolve", "m-9", "--leave-to-peer", "--yes"]] {
@@ -161,6 +188,7 @@ fn in_doubt() -> v1::Explanation {
         ],
         moments_left_out: 0,
         status: None,
+        told_by: String::new(),
     }
 }
 

@@ -11,7 +11,7 @@ use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dwcp_link::{Identity, ListenOptions, Listener};
+use dwcp_link::{DialOptions, Identity, ListenOptions, Listener};
 use dwcp_proto::handover::Resolution;
 use dwcp_proto::{MigrationId, Path, Side, VmName};
 use dwcp_vmm::preflight;
@@ -20,8 +20,9 @@ use tracing::{Instrument, info_span, warn};
 
 use crate::config::{CheckReport, EngineConfig};
 use crate::error::{Blame, Failure};
+use crate::explain::Tale;
 use crate::guest::{Guest, qmp_failure};
-use crate::handshake::nonce;
+use crate::handshake::{Dialler, nonce};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::reins::{Order, reins};
@@ -29,9 +30,9 @@ use crate::report::Report;
 use crate::shared::{Entry, Shared, Waiting};
 use crate::source::SwitchOrder;
 use crate::spec::{IncomingSpec, MigrateSpec, Vmm};
-use crate::status::{Explanation, Phase, Role, Status};
+use crate::status::{Explanation, Phase, Role, Status, Story};
 use crate::wire::link_failure;
-use crate::{explain, journal, reception, recovery, source};
+use crate::{explain, inquiry, journal, reception, recovery, source};
 
 /// Every migration of this node. Cheap to clone.
 #[derive(Clone)]
@@ -140,7 +141,7 @@ impl Engine {
             let text = format!("VM {} is being migrated already, as {other}", spec.vm);
             return Err(Failure::new("already_migrating", Blame::Operator, text, "wait for it or cancel it"));
         }
-        if journal::path(&self.shared.config.state_dir, &id, Side::Source).exists() {
+        if journal::is_used(&self.shared.config.state_dir, &id, Side::Source) {
             let text = format!("a migration {id} has been journaled here before");
             return Err(Failure::new("id_used", Blame::Operator, text, "choose another --id"));
         }
@@ -210,13 +211,46 @@ impl Engine {
         Ok(status)
     }
 
-    /// Tells what happened to a migration, from its journals: also after a restart. One story for each side that this node was.
-    pub async fn explain(&self, id: &MigrationId) -> Result<Vec<Explanation>, Failure> {
-        let (dir, id, status) = (self.shared.config.state_dir.clone(), id.clone(), self.get(id));
-        let told = tokio::task::spawn_blocking(move || explain::explain(&dir, &id, status));
-        let failed =
-            |_| Err(Failure::new("task", Blame::Local, "reading the journal failed", "please report this"));
-        told.await.unwrap_or_else(failed)
+    /// Tells what happened to a migration, from this node's journals and by asking the other node: also after a restart.
+    pub async fn explain(&self, id: &MigrationId) -> Result<Story, Failure> {
+        let tales = self.tales(id).await?;
+        let asked = tales.iter().map(|tale| self.ask_peer(tale));
+        let (mut peers, mut unheard) = (Vec::new(), Vec::new());
+        for heard in futures_util::future::join_all(asked).await {
+            match heard {
+                Ok(peer) => peers.push(peer),
+                Err(failure) => unheard.push(failure),
+            }
+        }
+        Ok(Story { sides: tales.into_iter().map(|tale| tale.explanation).collect(), peers, unheard })
+    }
+
+    /// What the journals of this node say; at least one.
+    async fn tales(&self, id: &MigrationId) -> Result<Vec<Tale>, Failure> {
+        let (dir, wanted, status) = (self.shared.config.state_dir.clone(), id.clone(), self.get(id));
+        let told = tokio::task::spawn_blocking(move || explain::tales(&dir, &wanted, status.as_ref())).await;
+        match told {
+            Ok(tales) if !tales.is_empty() => Ok(tales),
+            Ok(_) => {
+                let text = format!("there is no journal of a migration {id} here");
+                Err(Failure::new("unknown_migration", Blame::Operator, text, "see dwcpctl list"))
+            }
+            Err(_) => {
+                Err(Failure::new("task", Blame::Local, "reading the journal failed", "please report this"))
+            }
+        }
+    }
+
+    async fn ask_peer(&self, tale: &Tale) -> Result<Explanation, Failure> {
+        let unknown = || {
+            let text = "where the other node's agent listens is not known here";
+            Failure::new("peer_unknown", Blame::Operator, text, "ask at the other node, too")
+        };
+        let (to, addr) = tale.explanation.peer.clone().zip(tale.peer_addr).ok_or_else(unknown)?;
+        let shared = &self.shared;
+        let (identity, key) = (shared.identity.clone(), shared.config.key.clone());
+        let dialler = Dialler { addr, identity, key, to, options: DialOptions::default() };
+        inquiry::ask(&dialler, &tale.explanation).await
     }
 
     /// An operator decides where the agents may not. Returns what the decision does; with `act` it has been taken.
@@ -227,23 +261,34 @@ impl Engine {
         act: bool,
     ) -> Result<String, Failure> {
         let held = self.shared.registry().migrations.get(id).map(|entry| entry.held.clone());
-        let Some(held) = held else {
-            let text = format!("there is no migration {id} here");
-            return Err(Failure::new(
-                "unknown_migration",
-                Blame::Operator,
-                text,
-                "see dwcpctl list and explain",
-            ));
-        };
+        let Some(held) = held else { return Err(self.nothing_to_resolve(id).await) };
         let (reply, answer) = oneshot::channel();
         let order = Order { decision, act, reply };
-        let over = || {
-            let text = format!("migration {id} is over; there is nothing to resolve");
-            Failure::new("not_in_doubt", Blame::Operator, text, "see dwcpctl explain")
+        match held.order(order).await {
+            Ok(()) => match answer.await {
+                Ok(answer) => answer,
+                Err(_) => Err(self.nothing_to_resolve(id).await),
+            },
+            Err(_) => Err(self.nothing_to_resolve(id).await),
+        }
+    }
+
+    /// Why no decision is taken about a migration that nobody works on: what became of it.
+    async fn nothing_to_resolve(&self, id: &MigrationId) -> Failure {
+        let tales = match self.tales(id).await {
+            Ok(tales) => tales,
+            Err(failure) => return failure,
         };
-        held.order(order).await.map_err(|_| over())?;
-        answer.await.map_err(|_| over())?
+        let last = tales.last().map(|tale| &tale.explanation);
+        let owner = match last.map(|side| side.owner.as_str()) {
+            Some("in_doubt") => "and nobody here works on it",
+            Some("nobody") => "the guest is lost",
+            Some("destination") => "the guest is at its destination",
+            _ => "the guest is at its source",
+        };
+        let text = format!("migration {id} is over, {owner}; there is nothing to resolve");
+        let hint = last.map_or(String::new(), |side| side.next.clone());
+        Failure::new("not_in_doubt", Blame::Operator, text, hint)
     }
 
     /// An operator wants a running migration on this path. Returns what becomes of it; the change itself shows in the status.
@@ -308,7 +353,7 @@ fn made_id(kind: &str, vm: &VmName) -> Result<MigrationId, Failure> {
 async fn prepare_state_dir(dir: &FilePath) -> Result<Duration, Failure> {
     let (dir, shown) = (dir.to_owned(), dir.display().to_string());
     let made = tokio::task::spawn_blocking(move || -> io::Result<Duration> {
-        for folder in [dir.clone(), journal::folder(&dir)] {
+        for folder in [dir.clone(), journal::folder(&dir), journal::archive(&dir)] {
             DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         }
         let probe = dir.join(".probe");

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use dwcp_proto::handover::AbortReason;
 use serde::{Deserialize, Serialize};
 
 /// Who has to act for the next attempt to go better.
@@ -22,6 +23,27 @@ pub enum Blame {
     Local,
 }
 
+impl From<AbortReason> for Blame {
+    fn from(reason: AbortReason) -> Self {
+        match reason {
+            AbortReason::Cancelled
+            | AbortReason::Deadline
+            | AbortReason::DowntimeUnreachable
+            | AbortReason::Policy
+            | AbortReason::Operator => Blame::Operator,
+            AbortReason::VmmFailedSource
+            | AbortReason::VmmGoneSource
+            | AbortReason::VmmFailedDestination
+            | AbortReason::VmmGoneDestination
+            | AbortReason::StartRefused => Blame::Vmm,
+            AbortReason::PeerAborted => Blame::PeerIncompatible,
+            AbortReason::Integrity | AbortReason::PeerViolation => Blame::PeerMisbehaving,
+            AbortReason::LinkLost => Blame::Link,
+            AbortReason::JournalFailed | AbortReason::Resources | AbortReason::AgentRestarted => Blame::Local,
+        }
+    }
+}
+
 /// A failure of a request or a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
@@ -40,13 +62,19 @@ impl Failure {
     pub fn new(code: &str, blame: Blame, message: impl Into<String>, hint: impl Into<String>) -> Self {
         Failure { code: code.to_owned(), blame, message: clean(message.into()), hint: clean(hint.into()) }
     }
+
+    /// A migration that was aborted, of which no more is known than why.
+    pub(crate) fn aborted(reason: AbortReason) -> Self {
+        let text = format!("the migration was aborted: {reason}");
+        Failure::new(reason.code(), reason.into(), text, reason.advice())
+    }
 }
 
 /// Characters of a message or hint.
 const MAX_TEXT: usize = 2000;
 
 /// Texts hold words of peers and VMMs: none may break a log line or a terminal.
-fn clean(text: String) -> String {
+pub(crate) fn clean(text: String) -> String {
     let fits = text.len() <= MAX_TEXT && !text.chars().any(char::is_control);
     if fits {
         text

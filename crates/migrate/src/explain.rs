@@ -1,68 +1,105 @@
 //! What happened to a migration, told from its journal: also after a restart, also long after its end.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
-use dwcp_proto::handover::AbortReason;
 use dwcp_proto::handover::Resolution::{LeaveToPeer, StartHere};
-use dwcp_proto::journal::{Entry, Job, MAX_JOURNAL, Stamped, replay};
+use dwcp_proto::journal::{Entry, Job, JournalError, Replay, Stamped, replay_whole_lines};
 use dwcp_proto::{MigrationId, Side};
 
-use crate::error::{Blame, Failure};
+use crate::error::Failure;
 use crate::journal;
 use crate::recovery::undecided;
 use crate::status::{Explanation, Moment, Role, Status};
 
-/// Tells what the journals of this node say about `id`, one story for each side; `status` is what is known besides.
-pub(crate) fn explain(
-    state_dir: &Path,
-    id: &MigrationId,
-    status: Option<Status>,
-) -> Result<Vec<Explanation>, Failure> {
-    let mut stories = Vec::new();
-    for side in [Side::Source, Side::Destination] {
-        let bytes = match std::fs::read(journal::path(state_dir, id, side)) {
-            Ok(bytes) if bytes.len() <= MAX_JOURNAL => bytes,
-            _ => continue,
-        };
-        let replayed = replay(&bytes).map_err(|error| undecided(&error))?;
-        stories.extend(tell(side, &replayed.entries, status.clone()));
-    }
-    if stories.is_empty() {
-        let text = format!("there is no journal of a migration {id} here");
-        return Err(Failure::new("unknown_migration", Blame::Operator, text, "see dwcpctl list"));
-    }
-    Ok(stories)
+/// One side's story, and who is at the other end.
+pub(crate) struct Tale {
+    pub(crate) explanation: Explanation,
+    /// The key of the peer; `None` where the journal is damaged from its beginning.
+    pub(crate) peer_key: Option<[u8; 32]>,
+    /// Where its agent listens, if that was said.
+    pub(crate) peer_addr: Option<SocketAddr>,
 }
 
-fn tell(side: Side, entries: &[Stamped], status: Option<Status>) -> Option<Explanation> {
-    let job = entries.iter().find_map(|stamped| job(&stamped.entry))?;
-    let decisions: Vec<&Entry> =
-        entries.iter().map(|s| &s.entry).filter(|e| !matches!(e, Entry::Note(_))).collect();
+/// Tells what the journals of this node say about `id`, one story for each side that it was; `status` is what is known besides.
+pub(crate) fn tales(state_dir: &Path, id: &MigrationId, status: Option<&Status>) -> Vec<Tale> {
+    let sides = [Side::Source, Side::Destination].into_iter();
+    sides.filter_map(|side| tale(state_dir, id, side, status)).collect()
+}
+
+/// Tells one side, all attempts together. The last one's journal says how things stand.
+fn tale(state_dir: &Path, id: &MigrationId, side: Side, status: Option<&Status>) -> Option<Tale> {
+    let mut timeline = Vec::new();
+    let mut last = None;
+    for path in journal::all(state_dir, id, side) {
+        let (replay, damage) = match journal::read(&path) {
+            Ok(bytes) => replay_whole_lines(&bytes),
+            // Pruned meanwhile.
+            Err(_) => continue,
+        };
+        timeline.extend(replay.entries.iter().map(moment));
+        if let Some(error) = &damage {
+            let unix_ms = timeline.last().map_or(0, |moment: &Moment| moment.unix_ms);
+            timeline.push(Moment { unix_ms, what: "damaged".to_owned(), text: error.to_string() });
+        }
+        last = Some((replay, damage));
+    }
+    let (replay, damage) = last?;
     let role = match side {
         Side::Source => Role::Source,
         Side::Destination => Role::Destination,
     };
-    let status = status.filter(|s| s.role == role);
-    let owner = decisions.iter().fold("source", |owner, entry| owner_after(side, entry).unwrap_or(owner));
+    let status = status.filter(|status| status.role == role);
+    Some(tell(id, side, role, replay, damage, timeline, status))
+}
+
+fn tell(
+    id: &MigrationId,
+    side: Side,
+    role: Role,
+    replay: Replay,
+    damage: Option<JournalError>,
+    timeline: Vec<Moment>,
+    status: Option<&Status>,
+) -> Tale {
+    let decisions = replay.decisions();
+    let job = decisions.first().and_then(job);
+    let owner = match &damage {
+        None => decisions.iter().fold("source", |owner, entry| owner_after(side, entry).unwrap_or(owner)),
+        Some(_) => "in_doubt",
+    };
     let reason = decisions.iter().rev().find_map(|entry| match entry {
         Entry::Aborted { reason } | Entry::NeverRan { reason } => Some(*reason),
         _ => None,
     });
-    let known = status.as_ref().and_then(|s| s.error.clone());
-    let over = matches!(decisions.last(), Some(Entry::Done { .. }));
-    let moved = matches!(decisions.last(), Some(Entry::Running));
-    Some(Explanation {
-        id: job.migration.clone(),
-        vm: job.vm.clone(),
-        role,
-        peer: job.peer.clone(),
-        phase: decisions.last().map_or("none", |entry| name(entry)).to_owned(),
-        owner: owner.to_owned(),
-        cause: known.or_else(|| reason.map(failure)),
-        next: next(side, owner, over, moved, job),
-        timeline: entries.iter().map(moment).collect(),
-        status,
-    })
+    let known = status.and_then(|status| status.error.clone());
+    let (cause, next) = match (&damage, job) {
+        (None, Some(job)) => (known.or(reason.map(Failure::aborted)), next(side, owner, &decisions, job)),
+        (damage, _) => {
+            let why = damage.as_ref().map_or_else(|| "it has no beginning".to_owned(), ToString::to_string);
+            let failure = undecided(&why);
+            let next = failure.hint.clone();
+            (Some(failure), next)
+        }
+    };
+    let vm = job.map(|job| job.vm.clone()).or(status.map(|s| s.vm.clone()));
+    let peer = job.map(|job| job.peer.clone()).or(status.map(|s| s.peer.clone()));
+    Tale {
+        peer_key: job.map(|job| job.peer_key),
+        peer_addr: job.and_then(|job| job.peer_addr),
+        explanation: Explanation {
+            id: id.clone(),
+            vm,
+            role,
+            peer,
+            phase: decisions.last().map_or("none", name).to_owned(),
+            owner: owner.to_owned(),
+            cause,
+            next,
+            timeline,
+            status: status.cloned(),
+        },
+    }
 }
 
 fn job(entry: &Entry) -> Option<&Job> {
@@ -71,10 +108,6 @@ fn job(entry: &Entry) -> Option<&Job> {
         Entry::Accepted(accepted) => Some(&accepted.job),
         _ => None,
     }
-}
-
-fn failure(reason: AbortReason) -> Failure {
-    Failure::new(reason.code(), Blame::Vmm, format!("the migration was aborted: {reason}"), reason.advice())
 }
 
 /// Who owns the guest after `entry`, if it changes that.
@@ -98,12 +131,23 @@ fn owner_after(side: Side, entry: &Entry) -> Option<&'static str> {
     }
 }
 
-fn next(side: Side, owner: &str, over: bool, moved: bool, job: &Job) -> String {
+fn next(side: Side, owner: &str, decisions: &[Entry], job: &Job) -> String {
     let Job { migration: id, peer, .. } = job;
+    let over = matches!(decisions.last(), Some(Entry::Done { .. }));
     match (side, owner) {
-        (_, "in_doubt") => format!(
-            "wait until the agents of both nodes see each other; if {peer} is gone for good, end its VMM, then \
-             `dwcpctl resolve {id} --start-here --peer-fenced`"
+        (Side::Source, "in_doubt") if matches!(decisions.last(), Some(Entry::SourceLost(_))) => format!(
+            "this node's VMM has ended, so the only copy is at {peer}: wait until the agents see each other; if this node's \
+             agent cannot come back, `dwcpctl resolve {id} --start-here --peer-fenced` at {peer}"
+        ),
+        (Side::Source, "in_doubt") => format!(
+            "the guest is committed to {peer}: wait until the agents see each other, then it ends by itself; only if {peer} \
+             is gone for good, make sure that its VMM has ended, then `dwcpctl resolve {id} --start-here --peer-fenced` here: \
+             the guest goes on as it was at the handover"
+        ),
+        (Side::Destination, "in_doubt") => format!(
+            "the whole guest is here, paused, and {peer} has not said whose it is: wait until the agents see each other; only \
+             if {peer} is gone for good, make sure that its VMM has ended, then `dwcpctl resolve {id} --start-here \
+             --peer-fenced` here; if the guest runs at {peer}, `dwcpctl resolve {id} --leave-to-peer`"
         ),
         (_, "nobody") => {
             "the guest is gone with its VMM; start it anew, from its disks or a backup".to_owned()
@@ -115,7 +159,9 @@ fn next(side: Side, owner: &str, over: bool, moved: bool, job: &Job) -> String {
             format!("the guest is at {peer}; this VMM may be ended")
         }
         (_, "destination") if over => "nothing: the guest has moved".to_owned(),
-        (Side::Destination, "destination") if moved => "nothing: the guest is here".to_owned(),
+        (Side::Destination, "destination") if matches!(decisions.last(), Some(Entry::Running)) => {
+            "nothing: the guest is here".to_owned()
+        }
         (Side::Destination, "destination") => {
             "the guest is here; the agent sees to it that it runs".to_owned()
         }

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use dwcp_link::{Connection, DialOptions, Gauge, Identity, Reader, Writer, dial, dial_plain};
 use dwcp_proto::message::{
-    Body, Challenge, Choice, Confirm, Confirmed, Hello, Join, Joined, Offer, Purpose, Welcome,
+    Ask, Body, Challenge, Choice, Confirm, Confirmed, Hello, Join, Joined, Offer, Purpose, Told, Welcome,
 };
 use dwcp_proto::negotiate::permits;
 use dwcp_proto::session::{Transcript, confirm_message, join_message, joined_message};
-use dwcp_proto::{Leg, NodeKey, NodeName, Path, PeerKey, SessionId, Side};
+use dwcp_proto::{Leg, MigrationId, NodeKey, NodeName, Path, PeerKey, SessionId, Side};
 use prost::Message as _;
 
 use crate::error::{Blame, Failure};
@@ -126,6 +126,19 @@ impl Dialler {
         Ok(Met { reader, writer, exporter, peer, hello, welcome_bytes, welcome, rtt })
     }
 
+    /// Asks for the other side's story of a migration.
+    pub(crate) async fn ask(&self, id: &MigrationId) -> Result<Vec<u8>, Failure> {
+        let conn = dial(self.addr, &self.identity, &self.to, &self.options).await.map_err(link_failure)?;
+        let (mut reader, mut writer) = conn.into_split();
+        let ask = Body::Ask(Ask { migration: id.to_string() });
+        let wrote = write_message(&mut writer, ask).await;
+        match (wrote, read_message(&mut reader).await) {
+            (_, Ok((Body::Told(Told { story }), _))) => Ok(story),
+            (_, Ok((body, _))) => Err(WireError::Unexpected { got: body.kind(), expected: "told" }.failure()),
+            (_, Err(error)) => Err(error.failure()),
+        }
+    }
+
     /// Joins a further connection to `session`, for `leg` where it is to carry data.
     pub(crate) async fn join(
         &self,
@@ -214,10 +227,31 @@ impl Met {
 pub(crate) struct Greeted {
     pub(crate) hello: Hello,
     pub(crate) peer: PeerKey,
+    /// Where the source's agent can be asked, if it says so.
+    pub(crate) peer_addr: Option<SocketAddr>,
     hello_bytes: Vec<u8>,
     exporter: [u8; 32],
     reader: Reader,
     writer: Writer,
+}
+
+/// A peer that asks what is known of a migration.
+pub(crate) struct Asking {
+    pub(crate) ask: Ask,
+    pub(crate) peer: PeerKey,
+    writer: Writer,
+}
+
+impl Asking {
+    /// Answers.
+    pub(crate) async fn tell(mut self, told: Told) {
+        let _ = write_message(&mut self.writer, Body::Told(told)).await;
+    }
+
+    /// Refuses.
+    pub(crate) async fn refuse(mut self, failure: &Failure) {
+        let _ = write_message(&mut self.writer, refusal(failure)).await;
+    }
 }
 
 /// A connection that wants to join a session; its signature is not yet checked.
@@ -234,11 +268,12 @@ pub(crate) struct Joining {
 pub(crate) enum Newcomer {
     Greeted(Box<Greeted>),
     Joining(Box<Joining>),
+    Asking(Box<Asking>),
 }
 
 /// Reads what a new connection wants.
 pub(crate) async fn receive(conn: Connection) -> Result<Newcomer, Failure> {
-    let (peer, exporter) = (conn.peer().cloned(), conn.exporter());
+    let (peer, exporter, addr) = (conn.peer().cloned(), conn.exporter(), conn.peer_addr());
     let (mut reader, mut writer) = conn.into_split();
     let binding = match exporter {
         Some(exporter) => exporter,
@@ -257,6 +292,7 @@ pub(crate) async fn receive(conn: Connection) -> Result<Newcomer, Failure> {
     let (body, bytes) = read_message(&mut reader).await.map_err(WireError::failure)?;
     match (body, peer) {
         (Body::Hello(hello), Some(peer)) => Ok(Newcomer::Greeted(Box::new(Greeted {
+            peer_addr: listens_at(addr, hello.listens),
             hello,
             peer,
             hello_bytes: bytes,
@@ -264,11 +300,20 @@ pub(crate) async fn receive(conn: Connection) -> Result<Newcomer, Failure> {
             reader,
             writer,
         }))),
+        (Body::Ask(ask), Some(peer)) => Ok(Newcomer::Asking(Box::new(Asking { ask, peer, writer }))),
         (Body::Join(join), peer) => {
             Ok(Newcomer::Joining(Box::new(Joining { join, binding, peer, reader, writer })))
         }
-        (body, _) => Err(WireError::Unexpected { got: body.kind(), expected: "hello or join" }.failure()),
+        (body, _) => {
+            Err(WireError::Unexpected { got: body.kind(), expected: "hello, join or ask" }.failure())
+        }
     }
+}
+
+/// A peer that came from `addr` listens at that address, on the port that it says.
+fn listens_at(addr: Option<SocketAddr>, port: u32) -> Option<SocketAddr> {
+    let port = u16::try_from(port).ok().filter(|port| *port != 0)?;
+    Some(SocketAddr::new(addr?.ip(), port))
 }
 
 impl Greeted {

@@ -107,6 +107,18 @@ impl Pilot {
         self.journal.note(what, text).await;
     }
 
+    /// Moves the journal to the archive if nobody will have a question any more.
+    pub(crate) async fn retire_if_settled(&mut self) {
+        if self.settled() {
+            self.journal.retire().await;
+        }
+    }
+
+    /// Moves the journal to the archive: the peer does not know the session any more.
+    pub(crate) async fn retire(&mut self) {
+        self.journal.retire().await;
+    }
+
     /// Carries out what the machine asks for from the start.
     pub(crate) async fn begin(&mut self) -> Vec<Step> {
         self.carry_out().await

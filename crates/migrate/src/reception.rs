@@ -15,7 +15,7 @@ use crate::guest::qmp_failure;
 use crate::handshake::{Greeted, Joining, Newcomer, Session, receive};
 use crate::shared::{Entry, Shared, Waiting};
 use crate::status::Phase;
-use crate::{journal, source};
+use crate::{inquiry, journal, source};
 
 /// Connections that have not yet said what they want, or wait for the answer; a plain one has proved nothing until then. Each has
 /// [`PATIENCE`](crate::wire::PATIENCE) for a message.
@@ -44,6 +44,7 @@ impl Shared {
         match receive(connection).await {
             Ok(Newcomer::Greeted(greeted)) => self.hello(*greeted).await,
             Ok(Newcomer::Joining(joining)) => self.join(joining).await,
+            Ok(Newcomer::Asking(asking)) => inquiry::answer(&self, *asking).await,
             Err(failure) => debug!(?addr, %failure, "connection dropped"),
         }
     }
@@ -156,7 +157,7 @@ impl Shared {
                 return Err((waiting, Some(failure)));
             }
         };
-        let journaled = journal::path(&self.config.state_dir, &id, Side::Destination).exists();
+        let journaled = journal::is_used(&self.config.state_dir, &id, Side::Destination);
         if journaled || self.registry().migrations.contains_key(&id) {
             let text = format!("the destination knows a migration {id} already");
             let failure = Failure::new("id_used", Blame::Operator, text, "choose another --id");
@@ -168,6 +169,7 @@ impl Shared {
             self.registry().sessions.insert(session.id, (Arc::new(session.clone()), arrivals_tx.clone()));
         };
         let key = self.config.key.clone();
+        let peer_addr = greeted.peer_addr;
         let agreed = greeted.welcome(key, self.offer_as_destination(), description, register).await;
         let (session, reader, writer) = match agreed {
             Ok(Some(agreed)) => agreed,
@@ -177,7 +179,8 @@ impl Shared {
         let Waiting { id: old, spec, guest, report, reins } = waiting;
         report.set(|s| s.id = id.clone());
         let span = info_span!("migration", id = %id, vm = %spec.vm, role = "destination");
-        let agreed = Agreed { id: id.clone(), spec, guest, session, control: (reader, writer), arrivals };
+        let agreed =
+            Agreed { id: id.clone(), spec, guest, session, peer_addr, control: (reader, writer), arrivals };
         let mut registry = self.registry();
         let run = destination::run(self.clone(), agreed, report.clone(), reins);
         let task = Some(tokio::spawn(run.instrument(span)));

@@ -12,7 +12,6 @@ use dwcp_proto::{Leg, MigrationId, Mode, Path, PeerKey, Side};
 use tokio::sync::mpsc;
 use tracing::{Instrument, error, info, info_span, warn};
 
-use crate::destination;
 use crate::error::{Blame, Failure};
 use crate::guest::Guest;
 use crate::handshake::{Offers, Session};
@@ -20,8 +19,8 @@ use crate::journal::{self, Journal};
 use crate::reins::reins;
 use crate::report::Report;
 use crate::shared::Shared;
-use crate::source;
 use crate::status::{Phase, Role};
+use crate::{destination, explain, source};
 
 /// A migration of an earlier life of this agent.
 pub(crate) struct Revived {
@@ -55,7 +54,8 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
     let (journal, replay) = match Journal::open(path) {
         Ok(opened) => opened,
         Err(error) => {
-            return error!(%error, path = %path.display(), "a journal decides nothing; resolve it by hand");
+            error!(%error, path = %path.display(), "a journal decides nothing; resolve it by hand");
+            return damaged(shared, path, &error);
         }
     };
     if let Some(torn) = replay.torn {
@@ -71,6 +71,9 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
     };
     let last = replay.entries.iter().rev().find(|stamped| !matches!(stamped.entry, Entry::Note(_)));
     if last.is_some_and(|last| is_over(&last.entry, last.unix_ms)) {
+        if let Err(error) = journal::retire(path) {
+            warn!(%error, path = %path.display(), "journal not archived");
+        }
         return;
     }
     let session = match session_of(shared, job, side) {
@@ -111,6 +114,18 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
             let task = tokio::spawn(run.instrument(span));
             shared.adopt(report, Some((session, arrivals_tx)), held, task);
         }
+    }
+}
+
+/// A migration of which nobody can say how it stands is shown, so that it is not overlooked.
+fn damaged(shared: &Shared, path: &FilePath, error: &journal::OpenError) {
+    let Some((id, _)) = journal::named(path) else { return };
+    for tale in explain::tales(&shared.config.state_dir, &id, None) {
+        let story = tale.explanation;
+        let (Some(vm), Some(peer)) = (story.vm, story.peer) else { continue };
+        let report = Arc::new(Report::new(id.clone(), vm, story.role, peer));
+        report.end(Phase::Failed, Some(undecided(error)));
+        shared.adopt(report, None, reins().0, tokio::spawn(async {}));
     }
 }
 

@@ -131,17 +131,28 @@ pub struct Moment {
     pub text: String,
 }
 
+/// What is known of a migration's course, here and at its other end.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Story {
+    /// One for each side that this node was; at least one.
+    pub sides: Vec<Explanation>,
+    /// The other sides, as their agents tell them.
+    pub peers: Vec<Explanation>,
+    /// Why another side is missing.
+    pub unheard: Vec<Failure>,
+}
+
 /// A migration's story, as one side's journal tells it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Explanation {
     /// The migration.
     pub id: MigrationId,
-    /// The VM.
-    pub vm: VmName,
+    /// The VM; `None` where the journal is damaged from its beginning.
+    pub vm: Option<VmName>,
     /// Which side this node was.
     pub role: Role,
-    /// The other node.
-    pub peer: NodeName,
+    /// The other node, likewise.
+    pub peer: Option<NodeName>,
     /// The last decision's stable name.
     pub phase: String,
     /// Who owns the guest: `source`, `destination`, `in_doubt` or `nobody`.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
-use dwcp_migrate::status::{Phase, Status};
+use dwcp_migrate::status::{Explanation, Phase, Role, Status};
 use dwcp_migrate::{Engine, EngineConfig, FlagReason, Gate, Limits, Policy};
 use dwcp_proto::handover::Resolution;
 use dwcp_proto::{MigrationId, NodeKey, NodeName, VmName};
@@ -176,6 +176,17 @@ impl Scene {
         scene
     }
 
+    /// Until it is over and both agents know that the other knows it.
+    fn settled(&self) {
+        let started = Instant::now();
+        let live =
+            |agent: &Agent, side| agent.state.join(format!("journal/{}.{side}.jsonl", self.id)).exists();
+        while live(&self.a, "source") || live(&self.b, "destination") {
+            assert!(started.elapsed() < LIMIT, "{:?} {:?}", self.a.engine().list(), self.b.engine().list());
+            std::thread::yield_now();
+        }
+    }
+
     fn assert_stayed(&self) {
         assert!(self.source.is_running() && !self.destination.is_running());
     }
@@ -272,7 +283,7 @@ fn an_operator_resolves_what_the_agents_may_not() {
     scene.b.kill();
     scene.destination.kill();
     scene.a.revive();
-    let told = scene.a.block_on(scene.a.engine().explain(&scene.id)).unwrap();
+    let told = scene.a.block_on(scene.a.engine().explain(&scene.id)).unwrap().sides;
     assert_eq!((told.len(), told[0].owner.as_str(), told[0].phase.as_str()), (1, "in_doubt", "commit"));
     assert!(told[0].next.contains("resolve m1 --start-here --peer-fenced"), "{}", told[0].next);
     assert!(told[0].timeline.iter().any(|moment| moment.what == "switchover"), "{:?}", told[0].timeline);
@@ -292,7 +303,7 @@ fn an_operator_resolves_what_the_agents_may_not() {
     resolve(true, true).unwrap();
     assert_eq!(scene.a.ends(&scene.id), Phase::Aborted);
     assert!(scene.source.is_running());
-    let told = scene.a.block_on(scene.a.engine().explain(&scene.id)).unwrap();
+    let told = scene.a.block_on(scene.a.engine().explain(&scene.id)).unwrap().sides;
     assert_eq!(told[0].owner, "source");
 }
 
@@ -308,4 +319,59 @@ fn what_is_not_in_doubt_is_not_resolved() {
     let refused = scene.a.block_on(scene.a.engine().resolve(&unknown, decision, true)).unwrap_err();
     assert_eq!(refused.code, "unknown_migration");
     scene.assert_stayed();
+}
+
+#[test]
+fn both_ends_are_told_at_either_node_after_a_restart() {
+    let mut scene = Scene::new();
+    scene.begin(PathWish::V3, None);
+    assert_eq!(scene.a.ends(&scene.id), Phase::Completed);
+    assert_eq!(scene.b.ends(&scene.id), Phase::Completed);
+    scene.settled();
+    for agent in [&mut scene.a, &mut scene.b] {
+        agent.kill();
+        agent.revive();
+    }
+    let whats =
+        |told: &Explanation| told.timeline.iter().map(|moment| moment.what.clone()).collect::<Vec<_>>();
+    let told = scene.a.block_on(scene.a.engine().explain(&scene.id)).unwrap();
+    assert_eq!(told.unheard, []);
+    let (here, there) = (&told.sides[0], &told.peers[0]);
+    assert_eq!((here.role, here.owner.as_str(), here.status.as_ref()), (Role::Source, "destination", None));
+    assert_eq!((there.role, there.owner.as_str()), (Role::Destination, "destination"));
+    assert!(whats(here).contains(&"commit".to_owned()) && whats(there).contains(&"receipt".to_owned()));
+    assert_eq!(whats(here).iter().filter(|what| *what == "ended").count(), 1);
+    let told = scene.b.block_on(scene.b.engine().explain(&scene.id)).unwrap();
+    assert_eq!((told.sides[0].role, told.peers[0].role), (Role::Destination, Role::Source));
+
+    // What is over says so to an operator who would decide, and its id is not taken again.
+    let decision = Resolution::StartHere { peer_fenced: true };
+    let refused = scene.a.block_on(scene.a.engine().resolve(&scene.id, decision, true)).unwrap_err();
+    assert_eq!(refused.code, "not_in_doubt");
+    assert!(refused.message.contains("the guest is at its destination"), "{refused}");
+    scene.b.kill();
+    let told = scene.a.block_on(scene.a.engine().explain(&scene.id)).unwrap();
+    assert_eq!((told.sides.len(), told.peers.len(), told.unheard.len()), (1, 0, 1));
+    assert!(told.unheard[0].message.starts_with("b does not tell its side"), "{}", told.unheard[0]);
+}
+
+#[test]
+fn a_damaged_journal_is_told_as_such_and_decides_nothing() {
+    let mut scene = Scene::under_way(PathWish::V3);
+    scene.a.kill();
+    let path = scene.a.state.join("journal/m1.source.jsonl");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let second = bytes.iter().position(|byte| *byte == b'\n').unwrap() + 10;
+    bytes[second] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    scene.a.revive();
+    let told = scene.a.block_on(scene.a.engine().explain(&scene.id)).unwrap();
+    let (here, there) = (&told.sides[0], &told.peers[0]);
+    assert_eq!(here.cause.as_ref().unwrap().code, "journal_undecided");
+    assert_eq!((here.owner.as_str(), here.phase.as_str()), ("in_doubt", "prepared"));
+    assert_eq!(here.timeline.last().unwrap().what, "damaged");
+    assert_eq!(there.role, Role::Destination);
+    // It is listed, so that nobody overlooks it.
+    assert_eq!(scene.a.engine().get(&scene.id).unwrap().phase, Phase::Failed);
+    assert_eq!(std::fs::read(&path).unwrap(), bytes);
 }

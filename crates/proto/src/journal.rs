@@ -95,7 +95,7 @@ pub struct Job {
     /// Its public key, by which its words are still known after a restart.
     #[serde(with = "hex32")]
     pub peer_key: [u8; 32],
-    /// Where its agent listens; only the source knows, since it is the one who dials.
+    /// Where its agent listens: the source dials it; the destination only asks there what happened.
     pub peer_addr: Option<SocketAddr>,
     /// The VMM's QMP socket, or the relay's.
     pub qmp: String,
@@ -298,10 +298,18 @@ pub fn encode(entry: &Entry, unix_ms: u64, chain: &Chain) -> Result<Line, Journa
 
 /// Reads a journal. A torn last line is reported in the result; any other damage is an error.
 pub fn replay(bytes: &[u8]) -> Result<Replay, JournalError> {
-    if bytes.len() > MAX_JOURNAL {
-        return Err(JournalError::TooLarge { len: bytes.len() });
+    match replay_whole_lines(bytes) {
+        (replay, None) => Ok(replay),
+        (_, Some(error)) => Err(error),
     }
+}
+
+/// Reads a journal up to its damage, if there is any: for people to see, never to decide by.
+pub fn replay_whole_lines(bytes: &[u8]) -> (Replay, Option<JournalError>) {
     let mut replay = Replay { entries: Vec::new(), chain: Chain::default(), len: 0, torn: None };
+    if bytes.len() > MAX_JOURNAL {
+        return (replay, Some(JournalError::TooLarge { len: bytes.len() }));
+    }
     let mut rest = bytes;
     while !rest.is_empty() {
         let end = rest.iter().position(|b| *b == b'\n');
@@ -318,11 +326,11 @@ pub fn replay(bytes: &[u8]) -> Result<Replay, JournalError> {
             Err(JournalError::Damaged { .. }) if after.is_empty() && (end.is_none() || line.contains(&0)) => {
                 replay.torn = Some(rest.len() as u64);
             }
-            Err(error) => return Err(error),
+            Err(error) => return (replay, Some(error)),
         }
         rest = after;
     }
-    Ok(replay)
+    (replay, None)
 }
 
 fn read_line(line: &[u8], whole: bool, chain: &Chain) -> Result<(Stamped, Chain), JournalError> {
@@ -499,6 +507,8 @@ mod tests {
             let mut bytes = whole.clone();
             bytes[at] ^= 1;
             assert!(replay(&bytes).is_err(), "byte {at}");
+            let whole_before = bytes[..at].iter().filter(|byte| **byte == b'\n').count();
+            assert_eq!(replay_whole_lines(&bytes).0.entries.len(), whole_before);
         }
         for gone in 0..lines.len() - 2 {
             let mut fewer = lines.clone();

@@ -22,6 +22,8 @@
 //!   | Signed(Commit)                                      |
 //!   |              Signed(Running)                        |
 //! ```
+//! Beside all that either node may `Ask` the other what it knows of a migration, and is `Told`.
+//!
 //! A control connection that was lost is made again with a `Join` of its own; whoever came back first repeats what
 //! the other may have missed. Messages are Protocol Buffers, so that a newer minor may add fields that an older one skips.
 
@@ -34,7 +36,7 @@ pub const MINOR: u32 = 0;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Message {
     /// What it says; a body unknown here (a newer peer's) decodes as `None`.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19")]
     pub body: Option<Body>,
 }
 
@@ -89,6 +91,12 @@ pub enum Body {
     /// Whether the destination wants v3 at all.
     #[prost(message, tag = "17")]
     Veto(Veto),
+    /// Asks, outside of any session, what the other side knows of a migration.
+    #[prost(message, tag = "18")]
+    Ask(Ask),
+    /// Answers `Ask`.
+    #[prost(message, tag = "19")]
+    Told(Told),
 }
 
 /// What one side can and may do. Numbers are the wire's; `negotiate` reads them.
@@ -162,6 +170,9 @@ pub struct Hello {
     /// Only ask; nothing is prepared at the destination.
     #[prost(bool, tag = "8")]
     pub check: bool,
+    /// The port of the source's own data address, where it answers `Ask`; 0 where it does not say.
+    #[prost(uint32, tag = "9")]
+    pub listens: u32,
 }
 
 /// Answers `Hello`.
@@ -394,6 +405,23 @@ pub struct Veto {
     pub reason: String,
 }
 
+/// Asks what the other side knows of a migration, on a TLS connection of its own. Only the two nodes of a migration tell each
+/// other.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Ask {
+    /// The migration.
+    #[prost(string, tag = "1")]
+    pub migration: String,
+}
+
+/// The other side's story, for people; or `Refused` with `unknown_migration`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Told {
+    /// JSON of the agent's own: the reader takes what it understands.
+    #[prost(bytes = "vec", tag = "1")]
+    pub story: Vec<u8>,
+}
+
 /// A sign of life.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct Ping {
@@ -440,6 +468,8 @@ impl Body {
             Body::Switch(_) => "switch",
             Body::Switched(_) => "switched",
             Body::Veto(_) => "veto",
+            Body::Ask(_) => "ask",
+            Body::Told(_) => "told",
         }
     }
 }

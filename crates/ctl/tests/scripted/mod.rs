@@ -218,7 +218,10 @@ impl Migrations for Script {
     async fn explain(&self, _: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
         match self.0.story.lock().unwrap().0.clone() {
             sides if sides.is_empty() => Err(Self::refuse(failure::UNKNOWN_MIGRATION)),
-            sides => Ok(Response::new(v1::ExplainResponse { sides })),
+            sides => {
+                let (peers, sides) = sides.into_iter().partition(|side| !side.told_by.is_empty());
+                Ok(Response::new(v1::ExplainResponse { sides, peers, unheard: Vec::new() }))
+            }
         }
     }
 

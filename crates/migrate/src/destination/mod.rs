@@ -10,6 +10,7 @@ mod chunks;
 mod land;
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -78,6 +79,8 @@ pub(crate) struct Agreed {
     pub(crate) spec: IncomingSpec,
     pub(crate) guest: Guest,
     pub(crate) session: Session,
+    /// Where the source's agent can be asked, if it says so.
+    pub(crate) peer_addr: Option<SocketAddr>,
     pub(crate) control: (Reader, Writer),
     pub(crate) arrivals: mpsc::Receiver<Arrival>,
 }
@@ -108,7 +111,7 @@ async fn attempt(
     reins: Reins,
     in_flight: InFlight,
 ) -> Result<(), WriteError> {
-    let Agreed { id, spec, guest, session, control: first, arrivals } = agreed;
+    let Agreed { id, spec, guest, session, peer_addr, control: first, arrivals } = agreed;
     let session = Arc::new(session);
     info!(session = %session.id, path = session.leg.path.name(), mode = session.leg.mode.name(), "session stands");
     report.session(&session);
@@ -127,7 +130,7 @@ async fn attempt(
             vm: spec.vm.clone(),
             peer: spec.from.clone(),
             peer_key: *session.peer.as_bytes(),
-            peer_addr: None,
+            peer_addr,
             qmp: guest.path().display().to_string(),
             session: session.id,
             path: session.leg.path.name().to_owned(),
@@ -151,6 +154,7 @@ async fn attempt(
     let mut run = Run::new(shared, report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
     run.in_flight = Some(in_flight);
     run.drive(events, arrivals, reins).await;
+    run.pilot.retire_if_settled().await;
     drop(run);
     let _ = timeout(LINGER, server).await;
     Ok(())
@@ -189,6 +193,7 @@ pub(crate) async fn resume(
     let mut run = Run::new(&shared, &report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
     run.dark_since = Some(Instant::now());
     run.drive(events, arrivals, reins).await;
+    run.pilot.retire_if_settled().await;
     drop(run);
     let _ = timeout(LINGER, server).await;
     shared.forget(&known);
@@ -583,10 +588,7 @@ impl Run {
         match self.outcome {
             Some(Outcome::Moved) => self.report.end(Phase::Completed, None),
             Some(Outcome::Aborted(reason)) => {
-                let failure = self.failure.take().unwrap_or_else(|| {
-                    let text = format!("the migration was aborted: {reason}");
-                    Failure::new(reason.code(), Blame::PeerIncompatible, text, reason.advice())
-                });
+                let failure = self.failure.take().unwrap_or_else(|| Failure::aborted(reason));
                 self.report.end(Phase::Aborted, Some(failure));
             }
             Some(Outcome::Lost) | None => {

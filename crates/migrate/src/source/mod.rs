@@ -200,6 +200,7 @@ async fn attempt(
     run.switches = reins.switches();
     run.in_flight = Some(in_flight);
     run.drive(events, reins).await;
+    run.retire_if_settled().await;
     // Dropping the control lets its task say what is queued, then close.
     drop(run);
     let _ = timeout(LINGER, server).await;
@@ -247,6 +248,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
     let mut run = Run::new(&shared, &id, &report, pilot, guest, control, outgoing);
     run.dark_since = Some(Instant::now());
     run.drive(events, reins).await;
+    run.retire_if_settled().await;
     drop(run);
     let _ = timeout(LINGER, server).await;
 }

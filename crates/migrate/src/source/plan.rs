@@ -134,6 +134,7 @@ pub(crate) async fn plan(
             Failure::new("description", Blame::Local, error.to_string(), "please report this")
         })?,
         check,
+        listens: shared.data_addr.port().into(),
     };
     let local = failures(found);
     if hello.description.len() > MAX_DESCRIPTION {

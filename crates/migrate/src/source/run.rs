@@ -213,7 +213,8 @@ impl Run {
             tokio::select! {
                 event = events.recv() => match event {
                     // It does not know the session: nobody is in doubt there.
-                    Some(Event::Lost(_)) | None => return,
+                    Some(Event::Lost(_)) => return self.pilot.retire().await,
+                    None => return,
                     Some(event) => self.control_event(event).await,
                 },
                 Pull::Order(order) = reins.pull() => {
@@ -224,6 +225,11 @@ impl Run {
                 true = closing(&self.shared) => return,
             }
         }
+    }
+
+    /// Moves the journal to the archive if nobody will have a question any more.
+    pub(super) async fn retire_if_settled(&mut self) {
+        self.pilot.retire_if_settled().await;
     }
 
     /// Feeds the handover; a violation by the peer ends the migration.
@@ -509,17 +515,11 @@ impl Run {
             }
             Some(Outcome::Aborted(reason)) => {
                 let failure = self.failure.take().unwrap_or_else(|| {
-                    Failure::new(
-                        reason.code(),
-                        Blame::Vmm,
-                        format!("the migration was aborted: {reason}"),
-                        format!(
-                            "{}; `dwcpctl explain {}` at {} may tell more",
-                            reason.advice(),
-                            self.id,
-                            self.outgoing.session.peer.node()
-                        ),
-                    )
+                    let failure = Failure::aborted(reason);
+                    let peer = self.outgoing.session.peer.node();
+                    let hint =
+                        format!("{}; `dwcpctl explain {}` at {peer} may tell more", failure.hint, self.id);
+                    Failure { hint, ..failure }
                 });
                 self.report.end(Phase::Aborted, Some(failure));
             }

@@ -227,12 +227,18 @@ pub struct ExplainRequest {
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
 }
-/// What this node knows of a migration.
+/// What is known of a migration, here and at the other node.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ExplainResponse {
     /// One for each side that this node was; at least one.
     #[prost(message, repeated, tag = "1")]
     pub sides: ::prost::alloc::vec::Vec<Explanation>,
+    /// The other sides, as the other nodes' agents tell them, where they could be asked.
+    #[prost(message, repeated, tag = "2")]
+    pub peers: ::prost::alloc::vec::Vec<Explanation>,
+    /// Why another side is missing from `peers`.
+    #[prost(message, repeated, tag = "3")]
+    pub unheard: ::prost::alloc::vec::Vec<Failure>,
 }
 /// One side of a migration, as its journal tells it, or its status where it ended before anything was written down.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -240,13 +246,13 @@ pub struct Explanation {
     /// The migration.
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
-    /// The VM.
+    /// The VM; empty where the journal is damaged from its beginning.
     #[prost(string, tag = "2")]
     pub vm: ::prost::alloc::string::String,
     /// Which side this is.
     #[prost(enumeration = "Role", tag = "3")]
     pub role: i32,
-    /// The other node.
+    /// The other node; empty likewise.
     #[prost(string, tag = "4")]
     pub peer: ::prost::alloc::string::String,
     /// The last decision that the journal holds, in snake_case; for a source one of prepared, source_lost, commit, aborted,
@@ -272,6 +278,9 @@ pub struct Explanation {
     /// The status; absent where the migration ended in an earlier life of the agent.
     #[prost(message, optional, tag = "11")]
     pub status: ::core::option::Option<Status>,
+    /// The node that tells it; empty where it is the one that was asked. `owner` and the rest are that node's view.
+    #[prost(string, tag = "12")]
+    pub told_by: ::prost::alloc::string::String,
 }
 /// Something that happened at one side of a migration.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
