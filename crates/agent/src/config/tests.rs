@@ -31,6 +31,7 @@ migrations = 2
 cpus = 4
 workers = 3
 memory = "64MiB"
+agent_memory = "512MiB"
 bandwidth = "200Mbit"
 
 [vmm]
@@ -118,13 +119,13 @@ fn bad_values_are_refused_where_they_stand() {
         ("\"datacenter\"", "\"lan\"", ":24:6: ", "`any`, `datacenter`, `never`"),
         ("migrations = 2", "migrations = 0", ":28:14: ", "from 1 to 64"),
         ("cpus = 4", "cpus = -1", ":29:8: ", "expected u64"),
-        ("200Mbit", "0Mbit", ":32:13: ", "rate above zero"),
-        ("\"none\"\npaths", "\"gdb\"\npaths", ":35:10: ", "`none` or `ptrace`"),
-        ("info,dwcp_link=debug", "loud", ":43:9: ", "expected error, warn, info, debug or trace"),
+        ("200Mbit", "0Mbit", ":33:13: ", "rate above zero"),
+        ("\"none\"\npaths", "\"gdb\"\npaths", ":36:10: ", "`none` or `ptrace`"),
+        ("info,dwcp_link=debug", "loud", ":44:9: ", "expected error, warn, info, debug or trace"),
         ("\"90s\"", "\"0s\"", ":20:16: ", "from 1s to 86400s"),
-        ("dc-1", "dc 1", ":38:1: ", "1 to 64 characters"),
-        ("[log]", "[logs]", ":41:2: ", "unknown key `logs`"),
-        ("[log]", "[log", ":41:5: ", "expected `]`"),
+        ("dc-1", "dc 1", ":39:1: ", "1 to 64 characters"),
+        ("[log]", "[logs]", ":42:2: ", "unknown key `logs`"),
+        ("[log]", "[log", ":42:5: ", "expected `]`"),
     ] {
         let error = error(from, to);
         let (first, _) = error.split_once('\n').unwrap_or((&error, ""));
@@ -187,9 +188,11 @@ fn what_the_packaged_file_comments_out_is_the_default() {
     let uncommented = uncommented.join("\n");
     let mut all = parse(&uncommented).unwrap();
     assert!(all.limits.cpus.is_some() && all.limits.workers.is_some() && all.limits.bandwidth.is_some());
+    assert!(all.limits.agent_memory.is_some());
     assert!(all.flags.server_key.is_some() && all.flags.token_file.is_some() && !all.labels.0.is_empty());
     // These have examples, since their default is no value.
     (all.limits.cpus, all.limits.workers, all.limits.bandwidth) = (None, None, None);
+    all.limits.agent_memory = None;
     (all.flags.server_key, all.flags.token_file, all.labels) = (None, None, Labels::default());
     assert_eq!(all, parse(PACKAGED).unwrap());
 
