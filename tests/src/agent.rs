@@ -417,7 +417,7 @@ impl Drop for Agent {
 /// It has not been built.
 pub(crate) fn program(name: &str) -> Result<PathBuf> {
     let path = target_dir()?.join("release").join(name);
-    ensure!(path.is_file(), "{name} is not built: run `cargo build --release`, or `cargo xtask test`");
+    ensure!(path.is_file(), "{name} is not built: run `cargo xtask test`, which builds all programs");
     Ok(path)
 }
 

@@ -16,6 +16,7 @@
 //! QEMUs, for what is to be done hundreds of times.
 
 mod agent;
+mod faults;
 mod guest;
 mod kit;
 mod migrate;
@@ -23,6 +24,7 @@ mod qemu;
 mod qmp;
 pub mod ram;
 mod relay;
+mod report;
 mod scene;
 mod sim;
 mod sim_scene;
@@ -32,15 +34,17 @@ mod wan;
 mod watch;
 
 pub use agent::{Agent, AgentConfig, CtlOutput, Listen};
+pub use faults::{FAULTS, FaultRow, Shown};
 pub use guest::{GuestLoad, Mix, Report, SerialLog};
 pub use kit::{Kit, QemuVersion, SKIPPED, in_ci, skip, target_dir};
-pub use migrate::plain_migration;
+pub use migrate::{begin_plain_migration, end_of_plain_migration, plain_migration};
 pub use qemu::{Backing, Qemu, QemuSpec, Role};
 pub use qmp::{Event, Qmp, QmpError};
 pub use relay::Relay;
+pub use report::{REPORT, Seen, fault_report, soak_count, soak_report};
 pub use scene::{Scene, VM};
 pub use sim::{Sim, SimGuest, SimState, never_both};
-pub use sim_scene::{Ending, SimScene, attempts};
+pub use sim_scene::{Ending, SimScene, Victim, attempts};
 pub use turns::{Outcome as Turned, Plan as TurnPlan, turn_in_flight};
 pub use wait::until;
 pub use wan::{Count, Direction, End, LineProfile, Wan};

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use crate::guest::{GuestLoad, Report, SerialLog};
 use crate::kit::{Kit, QemuVersion};
 use crate::qmp::Qmp;
 use crate::wait::until;
+use crate::wan::entering;
 
 /// From the start of the process to an answer on its QMP sockets.
 const LAUNCH: Duration = Duration::from_secs(20);
@@ -62,6 +63,8 @@ pub struct QemuSpec {
     pub prealloc: bool,
     /// What the guest does. Source and destination need the same, since it is part of the firmware's tables.
     pub load: GuestLoad,
+    /// The network namespace that it runs in: [`crate::Wan::namespace`].
+    pub namespace: Option<PathBuf>,
     /// Further arguments.
     pub extra: Vec<String>,
 }
@@ -76,6 +79,7 @@ impl QemuSpec {
             backing: Backing::Anonymous,
             prealloc: false,
             load: GuestLoad::default(),
+            namespace: None,
             extra: Vec::new(),
         }
     }
@@ -152,8 +156,7 @@ impl Qemu {
         let dir = dir.join(name);
         std::fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
         let log = dir.join("stderr.log");
-        let mut child = kit
-            .qemu(spec.version)
+        let mut child = within(spec.namespace.as_deref(), kit.qemu(spec.version))
             .args(spec.arguments(kit, &dir))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -258,6 +261,15 @@ impl Qemu {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The same command in a network namespace.
+fn within(namespace: Option<&Path>, command: Command) -> Command {
+    let Some(namespace) = namespace else { return command };
+    let mut there = entering(namespace);
+    there.arg(command.get_program()).args(command.get_args());
+    there.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    there
 }
 
 impl Drop for Qemu {

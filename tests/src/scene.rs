@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -14,6 +15,9 @@ use crate::qemu::{Qemu, QemuSpec, Role};
 
 /// The VM's name in every scene.
 pub const VM: &str = "vm1";
+
+/// What timeout(1) says for itself.
+const TIMED_OUT: i32 = 124;
 
 /// Two agents and two QEMUs. The folder goes with it.
 #[derive(Debug)]
@@ -116,6 +120,21 @@ impl Scene {
             self.migrate_watched(arguments, line)?.success()?.json()
         };
         moved().with_context(|| self.logs())
+    }
+
+    /// Both steps, for a migration that may take as long as `limit`.
+    ///
+    /// # Errors
+    /// As [`Scene::move_guest`].
+    pub fn move_guest_patiently(&self, arguments: &[&str], limit: Duration) -> Result<Value> {
+        self.incoming()?.success()?;
+        let started = Instant::now();
+        // One `dwcpctl` waits for two minutes at most; the next one waits for the same migration.
+        let mut said = self.migrate(arguments)?;
+        while said.status == Some(TIMED_OUT) && started.elapsed() < limit {
+            said = self.migrate(arguments)?;
+        }
+        said.success().with_context(|| self.logs())?.json()
     }
 
     /// Both agents' logs, for whoever reads a failed test.

@@ -55,6 +55,8 @@ pub struct Sim {
     log: PathBuf,
     child: Child,
     talk: Mutex<(ChildStdin, BufReader<ChildStdout>)>,
+    /// When it was killed, by the monotonic clock: until then its guest may have run.
+    killed_at: Option<u128>,
 }
 
 impl Sim {
@@ -85,7 +87,7 @@ impl Sim {
             .context("start dwcp-sim")?;
         let commands = child.stdin.take().context("its standard input")?;
         let answers = BufReader::new(child.stdout.take().context("its standard output")?);
-        let mut sim = Sim { qmp, log, child, talk: Mutex::new((commands, answers)) };
+        let mut sim = Sim { qmp, log, child, talk: Mutex::new((commands, answers)), killed_at: None };
         let mut ready = String::new();
         let read = sim.talk().1.read_line(&mut ready);
         if read.is_err() || ready.trim_end() != "ready" {
@@ -138,6 +140,7 @@ impl Sim {
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        self.killed_at.get_or_insert_with(monotonic_nanos);
     }
 
     /// The process id.
@@ -151,11 +154,12 @@ impl Sim {
     /// It goes on.
     pub fn died(&mut self) -> Result<()> {
         let child = &mut self.child;
-        until("the simulated VMM to die", DEATH, || Ok(child.try_wait()?)).map(drop)
+        until("the simulated VMM to die", DEATH, || Ok(child.try_wait()?))?;
+        self.killed_at.get_or_insert_with(monotonic_nanos);
+        Ok(())
     }
 
-    /// When the guest ran, as pairs of monotonic nanoseconds; the last one is open where it runs on. A process that
-    /// was killed while its guest ran counts as running up to `u128::MAX`, so kill only what does not run.
+    /// When the guest ran, as pairs of monotonic nanoseconds; the last one is open where it runs on.
     ///
     /// # Errors
     /// The log cannot be read.
@@ -174,7 +178,7 @@ impl Sim {
                 _ => {}
             }
         }
-        spans.extend(since.map(|from| (from, u128::MAX)));
+        spans.extend(since.map(|from| (from, self.killed_at.unwrap_or(u128::MAX))));
         Ok(spans)
     }
 
@@ -196,6 +200,13 @@ impl Drop for Sim {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// The monotonic clock, by which `dwcp-sim` writes its log.
+fn monotonic_nanos() -> u128 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u128::try_from(now.tv_sec).unwrap_or_default() * 1_000_000_000
+        + u128::try_from(now.tv_nsec).unwrap_or_default()
 }
 
 /// Whether two VMMs' guests ran at the same time.

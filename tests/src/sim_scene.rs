@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -47,14 +49,40 @@ pub enum Ending {
     Stayed,
 }
 
+/// One of the four processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Victim {
+    /// The agent at the source.
+    SourceAgent,
+    /// The agent at the destination.
+    DestinationAgent,
+    /// The VMM at the source.
+    SourceVmm,
+    /// The VMM at the destination.
+    DestinationVmm,
+}
+
+impl Victim {
+    /// All four.
+    pub const ALL: [Victim; 4] =
+        [Victim::SourceAgent, Victim::DestinationAgent, Victim::SourceVmm, Victim::DestinationVmm];
+}
+
 impl SimScene {
     /// Whether the programs are built; else a line says why `test` is skipped.
     ///
     /// # Panics
     /// In CI, where nothing may be skipped.
     pub fn possible(test: &str) -> bool {
-        let built = ["dwcpd", "dwcpctl", "dwcp-sim"].into_iter().try_for_each(|name| program(name).map(drop));
-        built.inspect_err(|why| skip(test, &format!("{why:#}"))).is_ok()
+        possible(test, &["dwcpd", "dwcpctl", "dwcp-sim"])
+    }
+
+    /// The same, with the agent that has fault points.
+    ///
+    /// # Panics
+    /// As [`SimScene::possible`].
+    pub fn possible_with_fault_points(test: &str) -> bool {
+        possible(test, &["dwcpd", "dwcpd-faulty", "dwcpctl", "dwcp-sim"])
     }
 
     /// The default guest and default agents.
@@ -71,6 +99,12 @@ impl SimScene {
     /// Something does not start.
     pub fn with(guest: SimGuest, a: AgentConfig, b: AgentConfig) -> Result<Self> {
         let dir = tempfile::tempdir()?;
+        let (mut a, mut b) = (a, b);
+        for config in [&mut a, &mut b] {
+            if config.data.ip() == Ipv4Addr::LOCALHOST {
+                config.data.set_ip(own_loopback());
+            }
+        }
         let from = Sim::launch(dir.path(), "vm-a", Role::Source, guest)?;
         let to = Sim::launch(dir.path(), "vm-b", Role::Destination, guest)?;
         let (a, b) = Agent::pair(dir.path(), a, b)?;
@@ -199,6 +233,16 @@ impl SimScene {
         Ok(())
     }
 
+    /// Kills a process at once.
+    pub fn kill(&mut self, victim: Victim) {
+        match victim {
+            Victim::SourceAgent => self.a.kill(),
+            Victim::DestinationAgent => self.b.kill(),
+            Victim::SourceVmm => self.from.kill(),
+            Victim::DestinationVmm => self.to.kill(),
+        }
+    }
+
     /// Both agents' logs, for whoever reads a failed test.
     pub fn logs(&self) -> String {
         format!("agent a:\n{}\nagent b:\n{}", self.a.log(), self.b.log())
@@ -215,6 +259,20 @@ impl SimScene {
             None => self.b.target(),
         }
     }
+}
+
+/// A loopback address that no other agent has. An agent that died comes back at its port, which somebody else's
+/// connection, made meanwhile, may have taken at the usual address.
+fn own_loopback() -> IpAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = std::process::id().wrapping_mul(64).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+    let [_, high, middle, low] = number.to_be_bytes();
+    IpAddr::V4(Ipv4Addr::new(127, high, middle, low.clamp(2, 254)))
+}
+
+fn possible(test: &str, programs: &[&str]) -> bool {
+    let built = programs.iter().try_for_each(|name| program(name).map(drop));
+    built.inspect_err(|why| skip(test, &format!("{why:#}"))).is_ok()
 }
 
 /// Attacks that this agent has refused so far, by kind; kinds without any are left out.

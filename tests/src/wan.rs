@@ -193,6 +193,17 @@ impl Wan {
         self.obey(&format!("mend {direction}")).map(drop)
     }
 
+    /// Has the kernel end all TCP connections at an end, as an operator with `ss -K` would.
+    ///
+    /// # Errors
+    /// It refuses: a kernel without INET_DIAG_DESTROY.
+    pub fn kill_connections(&self, end: End) -> Result<()> {
+        let mut command = entering(&self.namespace(end));
+        let output = command.args(["ss", "-K", "dst", "192.0.2.0/24"]).output()?;
+        ensure!(output.status.success(), "ss -K: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
     /// What was delivered and lost so far, `a` to `b` and back.
     ///
     /// # Errors

@@ -6,9 +6,11 @@ mod compare;
 mod cpio;
 mod deb;
 mod demo;
+mod faults;
 mod fuzz;
 mod run;
 mod setup;
+mod soak;
 mod test;
 mod tools;
 
@@ -37,6 +39,10 @@ enum Chore {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// Let go wrong what can go wrong, and print the table: fault, expected, result, time to detect and recover
+    Faults(faults::Arguments),
+    /// Migrate and kill many times, and say what bound on the failure rate that shows; writes docs/soak.md
+    Soak(soak::Arguments),
     /// Measure this product beside what else there is; takes minutes
     Compare(compare::Arguments),
     /// Build the Debian package into target/debian
@@ -51,6 +57,8 @@ fn main() -> ExitCode {
         Chore::Test => test::test(),
         Chore::Check => check::check(),
         Chore::Fuzz { seconds } => fuzz::fuzz(seconds),
+        Chore::Faults(arguments) => faults::faults(&arguments),
+        Chore::Soak(arguments) => soak::soak(&arguments),
         Chore::Compare(arguments) => compare::compare(&arguments),
         Chore::Deb => deb::deb().map(|package| println!("{}", package.display())),
         Chore::Setup => setup::setup().map(drop),

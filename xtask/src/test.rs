@@ -20,6 +20,7 @@ const TEST: Duration = Duration::from_secs(30 * 60);
 pub(crate) fn test() -> Result<()> {
     setup_or_skip()?;
     build_programs()?;
+    build_faulty()?;
     match TOOLS_OF_DEB.iter().find(|program| !installed(program)) {
         // A test installs and purges it.
         None => drop(deb()?),
@@ -45,6 +46,12 @@ fn run_tests(skipped: &Path) -> Result<()> {
             .env(SKIPPED, skipped))?;
     }
     run(cargo(TEST).args(["test", "--release", "--workspace", "--doc"]))
+}
+
+/// Builds the agent with fault points, for the tests that have it die at each of them.
+pub(crate) fn build_faulty() -> Result<()> {
+    let features = ["--features", "fault-points", "--bin", "dwcpd-faulty"];
+    run(cargo(BUILD).args(["build", "--release", "--package", "dwcpd"]).args(features))
 }
 
 /// Builds `dwcpd` and `dwcpctl`, and what the laboratory runs beside them.

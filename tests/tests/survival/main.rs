@@ -3,4 +3,8 @@
 //! `cargo xtask faults` runs all of it and prints the table; `cargo xtask soak` repeats the kills as often as asked.
 
 mod attacks;
+mod faults;
+mod kills;
+mod lines;
 mod middle;
+mod repeat;

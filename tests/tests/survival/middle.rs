@@ -119,12 +119,15 @@ impl Voice {
 
 type OnChunk = Box<dyn FnMut(Chunk, &mut Pen) -> Vec<Sealed> + Send>;
 type OnBody = Box<dyn FnMut(Body, &Voice) -> Vec<Body> + Send>;
+type OnWord = Box<dyn FnMut(&Word) -> bool + Send>;
 
 /// What the man in the middle does; by itself nothing.
 pub(crate) struct Attack {
     chunk: OnChunk,
     to_source: OnBody,
     to_destination: OnBody,
+    /// Whether a word of the destination is lost.
+    loses: OnWord,
 }
 
 impl Attack {
@@ -133,6 +136,7 @@ impl Attack {
             chunk: Box::new(|chunk, pen| vec![pen.seal(chunk)]),
             to_source: Box::new(|body, _| vec![body]),
             to_destination: Box::new(|body, _| vec![body]),
+            loses: Box::new(|_| false),
         }
     }
 
@@ -151,6 +155,11 @@ impl Attack {
         Attack { to_destination: Box::new(act), ..Attack::none() }
     }
 
+    /// Loses those of the destination's words of the handover for which this is true.
+    pub(crate) fn losing(act: impl FnMut(&Word) -> bool + Send + 'static) -> Self {
+        Attack { loses: Box::new(act), ..Attack::none() }
+    }
+
     /// Both at once.
     pub(crate) fn and_to_source(self, act: impl FnMut(Body, &Voice) -> Vec<Body> + Send + 'static) -> Self {
         Attack { to_source: Box::new(act), ..self }
@@ -167,12 +176,17 @@ pub(crate) struct Middle {
 impl Middle {
     /// Stands between `a` and `b` with both nodes' keys.
     pub(crate) fn start(a: &Agent, b: &Agent, attack: Attack) -> Result<Self> {
+        Middle::start_towards(a, b, b.listen()?.data, attack)
+    }
+
+    /// The same, where `b` is reached at this address.
+    pub(crate) fn start_towards(a: &Agent, b: &Agent, to: SocketAddr, attack: Attack) -> Result<Self> {
         let (a_key, b_key) = (key(a)?, key(b)?);
         let peers = Arc::new(Peers::of([a_key.public(), b_key.public()]));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let as_b = Identity::new(b_key.clone(), peers.clone())?;
         let shared = Arc::new(Shared {
-            to: b.listen()?.data,
+            to,
             as_a: Identity::new(a_key.clone(), peers)?,
             a: a_key,
             b: b_key,
@@ -366,7 +380,7 @@ impl Shared {
         let forth = async {
             loop {
                 let Frame::Chunk(chunk) = read(&mut near_r).await? else { bail!("a message among chunks") };
-                for sealed in self.chunk(*chunk)? {
+                for sealed in self.chunk(chunk)? {
                     far_w.write_all(&Head::CHUNK.to_bytes()).await?;
                     far_w.write_all(&sealed.header).await?;
                     far_w.write_all(&sealed.signature).await?;
@@ -438,7 +452,15 @@ impl Shared {
             }
             _ => body,
         };
-        Ok((lock(&self.attack).to_source)(body, &voice))
+        let opened = match &body {
+            Body::Signed(signed) => signed::open(&self.b.public(), Side::Destination, &near, signed).ok(),
+            _ => None,
+        };
+        let mut attack = lock(&self.attack);
+        if opened.is_some_and(|word| (attack.loses)(&word)) {
+            return Ok(Vec::new());
+        }
+        Ok((attack.to_source)(body, &voice))
     }
 
     fn ids(&self) -> Result<(SessionId, SessionId)> {
@@ -472,7 +494,7 @@ async fn pass_bytes(near: (Reader, Writer), far: (Reader, Writer)) -> Result<()>
 pub(crate) enum Frame {
     /// A message, and its bytes as they travelled.
     Message(Body, Vec<u8>),
-    Chunk(Box<Chunk>),
+    Chunk(Chunk),
 }
 
 /// Reads the next frame. A message of a kind that is unknown here is an error.
@@ -494,7 +516,7 @@ pub(crate) async fn read(reader: &mut Reader) -> Result<Frame> {
             let header = ChunkHeader::parse(header)?;
             let mut payload = vec![0; header.wire_len as usize];
             reader.read_exact(&mut payload).await?;
-            Ok(Frame::Chunk(Box::new(Chunk { header, payload })))
+            Ok(Frame::Chunk(Chunk { header, payload }))
         }
     }
 }
