@@ -63,7 +63,9 @@ impl Engine {
             )
         })?;
         let addr = listener.local_addr();
+        let refusals = listener.refusals();
         let shared = Arc::new(Shared::new(config, identity, pool, write_time, addr));
+        shared.metrics.listens(refusals);
         // Before anybody is let in: a peer that asks for a session of the life before must find it.
         recovery::recover(&shared).await;
         tokio::spawn(reception::accept(Arc::downgrade(&shared), listener));

@@ -1,14 +1,16 @@
 //! What this node counts, for Prometheus. Every series exists, at 0, from the start: a missing series would read as
 //! "no data" where "nothing happened" is meant. Labels are enums only, so no peer can grow or forge a series.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use dwcp_link::Refusals;
 use dwcp_proto::path::Cause;
 use dwcp_proto::{Mode, Path};
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
@@ -119,6 +121,7 @@ pub struct Metrics(Arc<Series>);
 
 #[derive(Debug, Default)]
 struct Series {
+    refusals: OnceLock<Refusals>,
     v3_raw: Family<ByMode, Counter>,
     v3_wire: Family<ByMode, Counter>,
     v3_processed: Family<ByMode, Counter>,
@@ -178,6 +181,12 @@ impl Metrics {
         metrics
     }
 
+    /// The listener's refusals are this node's from now on.
+    pub(crate) fn listens(&self, refusals: Refusals) {
+        // One listener a node; a second one's would be a mistake of ours.
+        let _ = self.0.refusals.set(refusals);
+    }
+
     /// Puts every series into `registry`, under the names that the dashboards and alert rules use. A counter's name
     /// gets its `_total` from the registry.
     pub fn register(&self, registry: &mut Registry) {
@@ -222,6 +231,7 @@ impl Metrics {
             "Migrations in doubt: only the peer or an operator ends them",
             s.unresolved
         );
+        registry.register_collector(Box::new(Door(self.clone())));
         add!("dwcp_node_path", "1 for the path that new migrations of this node take", s.node_path);
         add!("dwcp_path_switches", "Changes of path in running migrations, at their source", s.switches);
         let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
@@ -355,6 +365,29 @@ pub struct Tally {
     pub byzantine_successes: u64,
     /// Migrations over v3 that failed: neither did the guest arrive, nor could they be aborted.
     pub critical_errors: u64,
+}
+
+/// Connections refused at the data listener, as it has counted them.
+#[derive(Debug)]
+struct Door(Metrics);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByCode {
+    code: &'static str,
+}
+
+impl Collector for Door {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let Some(refusals) = self.0.0.refusals.get() else { return Ok(()) };
+        let help = "Connections refused at the data address, by cause.";
+        let metric = ConstCounter::new(0u64).metric_type();
+        let mut family = encoder.encode_descriptor("dwcp_refused_connections", help, None, metric)?;
+        for (code, count) in refusals.counts() {
+            let by = ByCode { code };
+            ConstCounter::new(count).encode(family.encode_family(&by)?)?;
+        }
+        Ok(())
+    }
 }
 
 /// Counts a running migration for as long as it lives.

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dwcp_proto::handover::{
-    Action, Alarm, Destination, Handled, Input, Outcome, Refused, Resolution, Source, VmmCommand, VmmState,
+    Action, Alarm, Destination, Handled, Input, Message, Outcome, Refused, Resolution, Source, Transfer,
+    VmmCommand, VmmState,
 };
 use dwcp_proto::journal::Entry;
 use dwcp_proto::message::{Body, Signed};
@@ -79,6 +80,8 @@ pub(crate) struct Pilot {
     pub(crate) slowest_write: Duration,
     /// Alarms raised so far, by code, for the status.
     pub(crate) alarms: Vec<&'static str>,
+    /// What the destination says that it holds.
+    pub(crate) receipt: Option<Transfer>,
 }
 
 impl Pilot {
@@ -89,7 +92,16 @@ impl Pilot {
         control: Control,
         guest: Arc<Guest>,
     ) -> Self {
-        Pilot { machine, journal, session, control, guest, slowest_write: Duration::ZERO, alarms: Vec::new() }
+        Pilot {
+            machine,
+            journal,
+            session,
+            control,
+            guest,
+            slowest_write: Duration::ZERO,
+            alarms: Vec::new(),
+            receipt: None,
+        }
     }
 
     /// Whether the peer, too, knows how it ended.
@@ -159,6 +171,9 @@ impl Pilot {
         let message = signed::open(&self.session.peer, author, &self.session.id, message)
             .map_err(|error| error.to_string())?;
         info!(?message, phase = self.phase(), "peer says");
+        if let Message::Receipt(transfer) = message {
+            self.receipt = Some(transfer);
+        }
         self.feed(Input::Message(message)).await.map_err(|refused| refused.to_string())
     }
 

@@ -375,3 +375,22 @@ fn a_damaged_journal_is_told_as_such_and_decides_nothing() {
     assert_eq!(scene.a.engine().get(&scene.id).unwrap().phase, Phase::Failed);
     assert_eq!(std::fs::read(&path).unwrap(), bytes);
 }
+
+#[test]
+fn a_destination_agent_killed_at_its_receipt_still_gets_the_guest() {
+    for path in [PathWish::V1, PathWish::V3] {
+        let mut scene = Scene::new();
+        scene.begin(path, None);
+        let started = Instant::now();
+        while !scene.b.journal(&scene.id, "destination").contains("\"receipt\"") {
+            assert!(started.elapsed() < LIMIT, "{:?}", scene.b.engine().list());
+            std::thread::yield_now();
+        }
+        // Its last acknowledgements may have been sent or not: the receipt stands for them.
+        scene.b.kill();
+        scene.b.revive();
+        assert_eq!(scene.a.ends(&scene.id), Phase::Completed);
+        scene.settled();
+        scene.assert_moved();
+    }
+}

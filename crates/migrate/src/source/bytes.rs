@@ -12,6 +12,7 @@ use dwcp_proto::leg::BytesDigest;
 use dwcp_proto::message::{Ack, Body, Purpose, StreamEnd};
 use dwcp_proto::pace::Pace;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::info;
 
@@ -50,7 +51,7 @@ pub(crate) async fn send(
         };
         tokio::pin!(join);
         let joined = loop {
-            if let Some(transfer) = ring.delivered(reel) {
+            if let Some(transfer) = ring.delivered(reel)? {
                 return Ok((Carried::All(transfer), ring));
             }
             let turns = reel.length().is_none();
@@ -58,6 +59,7 @@ pub(crate) async fn send(
                 biased;
                 change = helm.turn(), if turns => return Ok((Carried::Turn(change), ring)),
                 said = peer.recv() => ring.hear(said, reel, control, helm).await?,
+                Ok(()) = ring.receipt.changed() => {}
                 joined = &mut join => break joined,
             }
         };
@@ -106,12 +108,14 @@ pub(crate) struct Ring {
     told: bool,
     /// Since when something is unacknowledged.
     busy_since: Option<Instant>,
+    receipt: watch::Receiver<Option<Transfer>>,
 }
 
 impl Ring {
     fn new(out: Outgoing, leg: &Leg) -> Self {
         let pace = Pace::new(out.budget);
         Ring {
+            receipt: out.receipt.subscribe(),
             digest: BytesDigest::new(leg),
             leg: leg.clone(),
             started: Instant::now(),
@@ -134,9 +138,14 @@ impl Ring {
     }
 
     /// The whole transfer, once the destination has applied all of it.
-    fn delivered(&self, reel: &Reel) -> Option<Transfer> {
-        let length = reel.length()?;
-        (reel.applied() == length).then(|| Transfer { stream_len: length, root: self.digest.root() })
+    fn delivered(&mut self, reel: &mut Reel) -> Result<Option<Transfer>, Failure> {
+        let Some(length) = reel.length() else { return Ok(None) };
+        if self.receipt.borrow_and_update().is_some_and(|receipt| receipt.stream_len == length) {
+            // Our own digest of all of it is held against the receipt before anything follows from it.
+            self.trim(reel, length)?;
+        }
+        let whole = || Transfer { stream_len: length, root: self.digest.root() };
+        Ok((reel.applied() == length).then(whole))
     }
 
     async fn hear(
@@ -215,7 +224,7 @@ impl Ring {
         tokio::pin!(silence);
         let mut flushed = true;
         loop {
-            if let Some(transfer) = self.delivered(reel) {
+            if let Some(transfer) = self.delivered(reel)? {
                 return Ok(Ended::Leg(Carried::All(transfer)));
             }
             let length = reel.length();
@@ -252,6 +261,7 @@ impl Ring {
                     self.busy_since.get_or_insert_with(Instant::now);
                 },
                 said = peer.recv() => self.hear(said, reel, control, helm).await?,
+                Ok(()) = self.receipt.changed() => {}
                 error = &mut silence => return Ok(Ended::Connection(error)),
             }
         }

@@ -65,9 +65,10 @@ pub(crate) async fn send(
     let compression = compression(leg.mode);
     let mut stage = Stage::new(out.clone(), leg);
     let mut encoding = FuturesOrdered::new();
+    let mut receipt = out.receipt.subscribe();
     loop {
         let wait = stage.pump();
-        if let Some(transfer) = stage.delivered() {
+        if let Some(transfer) = stage.delivered(*receipt.borrow_and_update()) {
             return Ok((Carried::All(transfer), stage));
         }
         let all_read = reel.length().is_some();
@@ -92,6 +93,7 @@ pub(crate) async fn send(
                 Some(event) => stage.link(event)?,
                 None => return Err(ended()),
             },
+            Ok(()) = receipt.changed() => {}
             Some(chunk) = encoding.next(), if stage.wants_more() => match chunk {
                 Ok(chunk) => stage.push(chunk),
                 // The bytes are still here; v1 needs no encoder.
@@ -337,9 +339,11 @@ impl Stage {
         Ok(())
     }
 
-    fn delivered(&self) -> Option<Transfer> {
+    /// The whole transfer, once the destination has acknowledged all of it, or given its receipt for it.
+    fn delivered(&self, receipt: Option<Transfer>) -> Option<Transfer> {
         let (length, root) = self.end?;
-        self.sender.is_idle().then_some(Transfer { stream_len: length.0, root })
+        let all = Transfer { stream_len: length.0, root };
+        (self.sender.is_idle() || receipt == Some(all)).then_some(all)
     }
 }
 

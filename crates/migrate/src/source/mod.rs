@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dwcp_link::DialOptions;
-use dwcp_proto::handover::{AbortReason, Afterwards, Source};
+use dwcp_proto::handover::{AbortReason, Afterwards, Source, Transfer};
 use dwcp_proto::journal::{Job, Prepared};
 use dwcp_proto::negotiate::Wish;
 use dwcp_proto::{Leg, MigrationId, Mode, Path, Side};
@@ -68,6 +68,8 @@ pub(crate) struct Outgoing {
     wish: Wish,
     /// The leg that the data is on.
     leg: Arc<watch::Sender<Leg>>,
+    /// What the destination has given its receipt for: acknowledged, whatever acknowledgements were lost.
+    receipt: Arc<watch::Sender<Option<Transfer>>>,
 }
 
 impl Outgoing {
@@ -179,6 +181,7 @@ async fn attempt(
     let pilot = Pilot::new(machine, journal, session.clone(), control.clone(), guest.clone());
     let outgoing = Outgoing {
         leg: Arc::new(watch::Sender::new(session.leg.clone())),
+        receipt: Arc::default(),
         session,
         dialler,
         share: shared.pool.share(),
@@ -236,6 +239,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         Pilot::new(Machine::Source(machine), journal, session.clone(), control.clone(), guest.clone());
     let outgoing = Outgoing {
         leg: Arc::new(watch::Sender::new(session.leg.clone())),
+        receipt: Arc::default(),
         session,
         dialler,
         share: shared.pool.share(),

@@ -338,6 +338,9 @@ impl Run {
                     Ok(steps) => self.take(steps).await,
                     Err(text) => self.violation(text).await,
                 }
+                if let Some(receipt) = self.pilot.receipt {
+                    self.outgoing.receipt.send_replace(Some(receipt));
+                }
             }
             Event::Message(body) => {
                 self.violation(format!("the peer sent {} out of place", body.kind())).await;

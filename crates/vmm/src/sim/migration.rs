@@ -181,6 +181,9 @@ async fn send_all(core: &Arc<Core>, to: Connection) -> io::Result<()> {
         announce_round(machine, source.round() + 1);
         source.finish(machine.guest.as_mut().ok_or_else(gone)?)
     };
+    if core.machine().faults.contains(&Fault::StallAtStop) {
+        std::future::pending::<()>().await;
+    }
     out.write(&last).await?;
     out.stream.shutdown().await?;
     core.machine().downtime = Some(stopped.elapsed());

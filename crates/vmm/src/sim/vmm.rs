@@ -29,6 +29,8 @@ pub enum Fault {
     DieAt(u64),
     /// Nothing more is written or read from this offset on, and nothing is closed.
     StallAt(u64),
+    /// Nothing more is written, and nothing is closed, once the guest has stopped for the last round.
+    StallAtStop,
     /// The process dies when it gets this command, before it answers.
     DieOn(String),
     /// This command gets no answer, nor does any after it.
