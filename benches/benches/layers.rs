@@ -20,7 +20,7 @@ const PER_CHUNK: usize = 128;
 const ROOM: usize = 64 << 20;
 
 fn memory() -> Memory {
-    Memory::new(Layers::ALL, Holding::All, &[1; 32], ROOM)
+    Memory::new(Layers::ALL, Holding::Blocks(vec![b"pc.ram"[..].into()]), &[1; 32], ROOM)
 }
 
 /// The pages with `lines` lines changed in each, differently for each `round`.

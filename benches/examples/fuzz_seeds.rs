@@ -85,7 +85,7 @@ fn chunks() -> Vec<Vec<u8>> {
 /// Payloads with references of every kind to pages 0 to 3, behind the size of the cache and what these hold.
 fn references() -> Vec<Vec<u8>> {
     const HELD: [u8; 4096] = [0x77; 4096];
-    let mut memory = Memory::new(Layers::ALL, Holding::All, &[1; 32], 1 << 20);
+    let mut memory = Memory::new(Layers::ALL, Holding::Blocks(vec![b"pc.ram"[..].into()]), &[1; 32], 1 << 20);
     let (mut encoder, mut payload) = (Encoder::new(), Vec::new());
     let mut held = SegmentBuilder::new();
     (0..4).for_each(|index| {

@@ -211,6 +211,9 @@ impl Sink for Vec<u8> {
 pub struct CacheSize(u32);
 
 impl CacheSize {
+    /// Bytes that each page of a full cache takes beside its content, about.
+    pub const OVERHEAD: usize = 48;
+
     /// A cache of so many pages; `None` for none.
     pub fn new(pages: u32) -> Option<Self> {
         (pages > 0).then_some(CacheSize(pages))

@@ -38,10 +38,10 @@ impl Layers {
 }
 
 /// What the receiver holds and serves as reference.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holding {
-    /// Every page that was sent: its sink writes to the guest's RAM, and reads it.
-    All,
+    /// Every page of these blocks that was sent: its sink writes to the guest's RAM, and reads it.
+    Blocks(Vec<Box<[u8]>>),
     /// A [`Cache`](crate::Cache) of this size.
     Cache(CacheSize),
 }
@@ -67,8 +67,8 @@ pub struct Memory {
     holding: Holding,
     key: Key,
     store: Store,
-    /// By block: where the cache's place for its first page is.
-    homes: Vec<u64>,
+    /// By block: where the cache's place for its first page is; none if nothing of it is held.
+    homes: Vec<Option<u64>>,
     untracked: u64,
 }
 
@@ -103,14 +103,18 @@ impl Memory {
     pub(crate) fn learn(&mut self, names: &BlockNames) {
         for id in self.homes.len()..names.len() {
             let name = names.name(RamBlockId(id as u16)).unwrap_or_default();
-            self.homes.push(home(name));
+            let held = match &self.holding {
+                Holding::Blocks(blocks) => blocks.iter().any(|block| **block == *name),
+                Holding::Cache(_) => true,
+            };
+            self.homes.push(held.then(|| home(name)));
         }
     }
 
     /// Notes that a page is sent, and says how.
     pub(crate) fn page(&mut self, block: RamBlockId, index: PageIndex, page: &[u8; PAGE_SIZE]) -> Verdict {
         let owner = Owner::new(block, index);
-        let (area, place) = self.place(block, index);
+        let Some((area, place)) = self.place(block, index) else { return Verdict::Whole };
         let prints = self.key.prints(page);
         let hash = if self.layers.dedup { self.key.page(&prints) } else { 0 };
         let verdict = self.judge(area, place, owner, &prints, hash);
@@ -128,8 +132,9 @@ impl Memory {
 
     /// Notes that a page is zero.
     pub(crate) fn zero(&mut self, block: RamBlockId, index: PageIndex) {
-        let (area, place) = self.place(block, index);
-        self.store.remove(area, place, Owner::new(block, index));
+        if let Some((area, place)) = self.place(block, index) {
+            self.store.remove(area, place, Owner::new(block, index));
+        }
     }
 
     fn judge(&self, area: usize, place: u64, owner: Owner, prints: &[u32; LINES], hash: u64) -> Verdict {
@@ -153,14 +158,12 @@ impl Memory {
         }
     }
 
-    /// Where a page's fingerprints are kept: each block has an area of its own, a cache has one.
-    fn place(&self, block: RamBlockId, index: PageIndex) -> (usize, u64) {
-        match self.holding {
-            Holding::All => (usize::from(block.0), index.0),
-            Holding::Cache(size) => {
-                let home = self.homes.get(usize::from(block.0)).copied().unwrap_or_default();
-                (0, size.slot(home, index) as u64)
-            }
-        }
+    /// Where a page's fingerprints are kept, if it is held: each block has an area of its own, a cache has one.
+    fn place(&self, block: RamBlockId, index: PageIndex) -> Option<(usize, u64)> {
+        let home = self.homes.get(usize::from(block.0)).copied().flatten()?;
+        Some(match self.holding {
+            Holding::Blocks(_) => (usize::from(block.0), index.0),
+            Holding::Cache(size) => (0, size.slot(home, index) as u64),
+        })
     }
 }

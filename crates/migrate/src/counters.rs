@@ -31,6 +31,20 @@ counters! {
     rtt_us,
     /// Bytes a second that the peer acknowledged lately.
     rate,
+    /// Pages sent as zero.
+    pages_zero,
+    /// Pages sent again that had not changed.
+    pages_unchanged,
+    /// Pages sent as a reference to another one.
+    pages_copied,
+    /// Pages sent as the lines that changed.
+    pages_delta,
+    /// The lines that these changed.
+    delta_lines,
+    /// Pages sent whole.
+    pages_whole,
+    /// Pages that there was no memory to remember.
+    pages_untracked,
 }
 
 /// One counter.

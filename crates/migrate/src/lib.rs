@@ -23,6 +23,7 @@ mod explain;
 mod fault;
 mod guest;
 mod handshake;
+mod hde;
 mod inquiry;
 mod journal;
 pub mod metrics;

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use dwcp_hde::Stats;
 use dwcp_link::Refusals;
 use dwcp_proto::path::Cause;
 use dwcp_proto::{Mode, Path};
@@ -96,6 +97,11 @@ struct ByKind {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByLayer {
+    layer: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByPath {
     path: &'static str,
 }
@@ -130,6 +136,7 @@ struct Series {
     v3_latency: LatencyHistograms,
     v3_busy: Family<ByMode, Seconds>,
     v3_inflight: Gauge,
+    v3_pages: Family<ByLayer, Counter>,
     v1_processed: Counter,
     v1_busy: Seconds,
     attempts: Family<ByKind, Counter>,
@@ -165,6 +172,7 @@ impl Metrics {
             touch(&s.v3_busy, by);
             BLAMES.iter().for_each(|&blame| touch(&s.v3_errors, by_error(mode, blame)));
         }
+        layers(&Stats::default()).iter().for_each(|&(layer, _)| touch(&s.v3_pages, ByLayer { layer }));
         ATTACKS.iter().for_each(|kind| touch(&s.attempts, ByKind { kind }));
         for role in [Role::Source, Role::Destination].map(role_label) {
             for path in ["v1", "v3", "none"] {
@@ -212,6 +220,7 @@ impl Metrics {
         );
         add!("dwcp_v3_busy_seconds", "Seconds in which a migration carried memory over v3", s.v3_busy);
         add!("dwcp_v3_migrations_inflight", "Migrations on v3 now", s.v3_inflight);
+        add!("dwcp_v3_pages", "Pages encoded for v3, by the layer that sent them", s.v3_pages);
         add!("dwcp_v1_bytes_processed", "Bytes of the VMMs' streams carried over v1", s.v1_processed);
         add!("dwcp_v1_busy_seconds", "Seconds in which a migration carried memory over v1", s.v1_busy);
         add!("dwcp_v3_byzantine_attempts", "Protocol violations refused, by kind", s.attempts);
@@ -263,6 +272,13 @@ impl Metrics {
     pub fn v3_carried(&self, mode: Mode, stream_bytes: u64, guest_bytes: u64) {
         self.0.v3_processed.get_or_create(&mode.into()).inc_by(stream_bytes);
         self.0.v3_raw.get_or_create(&mode.into()).inc_by(guest_bytes);
+    }
+
+    /// A chunk was encoded.
+    pub fn encoded(&self, stats: &Stats) {
+        for (layer, pages) in layers(stats) {
+            self.0.v3_pages.get_or_create(&ByLayer { layer }).inc_by(pages);
+        }
     }
 
     /// Bytes were given to the network on v3.
@@ -457,6 +473,18 @@ fn outcome_label(phase: Phase) -> &'static str {
         Phase::Aborted => "aborted",
         _ => "failed",
     }
+}
+
+/// The layers of HDE, and how many pages each of them has sent. Untracked ones are among the others.
+fn layers(stats: &Stats) -> [(&'static str, u64); 6] {
+    [
+        ("zero", stats.zero_pages + stats.blank_pages),
+        ("unchanged", stats.unchanged_pages),
+        ("dedup", stats.copied_pages),
+        ("delta", stats.delta_pages),
+        ("whole", stats.pages),
+        ("untracked", stats.untracked_pages),
+    ]
 }
 
 fn by_error(mode: Mode, blame: Blame) -> ByError {

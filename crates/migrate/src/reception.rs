@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use dwcp_link::Listener;
 use dwcp_proto::message::Purpose;
 use dwcp_proto::{MigrationId, Side, VmName};
+use dwcp_vmm::mapped::Ram;
 use dwcp_vmm::preflight;
 use tokio::sync::{Semaphore, mpsc};
 use tracing::{Instrument, debug, info, info_span, warn};
@@ -15,7 +16,7 @@ use crate::guest::qmp_failure;
 use crate::handshake::{Greeted, Joining, Newcomer, Session, receive};
 use crate::shared::{Entry, Shared, Waiting};
 use crate::status::Phase;
-use crate::{inquiry, journal, source};
+use crate::{hde, inquiry, journal, source};
 
 /// Connections that have not yet said what they want, or wait for the answer; a plain one has proved nothing until then. Each has
 /// [`PATIENCE`](crate::wire::PATIENCE) for a message.
@@ -138,12 +139,17 @@ impl Shared {
                 return Err(failure);
             }
             let description = qemu.describe().await.map_err(qmp_failure)?;
-            description
-                .to_json()
-                .map_err(|e| Failure::new("description", Blame::Local, e.to_string(), "please report this"))
+            let ram = Ram::open(&qemu).await;
+            let offer =
+                hde::offer(self.offer_as_destination(), &ram, &description, self.config.limits.memory);
+            let json = description.to_json();
+            let json = json.map_err(|e| {
+                Failure::new("description", Blame::Local, e.to_string(), "please report this")
+            })?;
+            Ok((json, offer, ram.ok()))
         };
-        let description = match looked.await {
-            Ok(description) => description,
+        let (description, offer, ram) = match looked.await {
+            Ok(looked) => looked,
             Err(failure) => {
                 greeted.refuse(&failure).await;
                 return Err((waiting, Some(failure)));
@@ -170,7 +176,7 @@ impl Shared {
         };
         let key = self.config.key.clone();
         let peer_addr = greeted.peer_addr;
-        let agreed = greeted.welcome(key, self.offer_as_destination(), description, register).await;
+        let agreed = greeted.welcome(key, offer, description, register).await;
         let (session, reader, writer) = match agreed {
             Ok(Some(agreed)) => agreed,
             Ok(None) => return Err((waiting, None)),
@@ -179,8 +185,16 @@ impl Shared {
         let Waiting { id: old, spec, guest, report, reins } = waiting;
         report.set(|s| s.id = id.clone());
         let span = info_span!("migration", id = %id, vm = %spec.vm, role = "destination");
-        let agreed =
-            Agreed { id: id.clone(), spec, guest, session, peer_addr, control: (reader, writer), arrivals };
+        let agreed = Agreed {
+            id: id.clone(),
+            spec,
+            guest,
+            session,
+            peer_addr,
+            ram,
+            control: (reader, writer),
+            arrivals,
+        };
         let mut registry = self.registry();
         let run = destination::run(self.clone(), agreed, report.clone(), reins);
         let task = Some(tokio::spawn(run.instrument(span)));

@@ -182,7 +182,7 @@ fn on_leg(status: &mut Status, leg: &Leg) {
     status.path = Some(leg.path.name().to_owned());
     status.mode = v3.then(|| leg.mode.name().to_owned());
     status.source = Some(through.to_owned());
-    status.sink = Some(through.to_owned());
+    status.sink = Some(if leg.choice.mapped { "mapped" } else { through }.to_owned());
     status.encryption = Some(if leg.choice.plain { "none" } else { "tls" }.to_owned());
 }
 

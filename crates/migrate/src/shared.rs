@@ -124,6 +124,7 @@ impl Shared {
             window: self.config.limits.inflight.max(MIN_WINDOW),
             epoch_incarnation: epoch.0,
             epoch_counter: epoch.1,
+            ..Offer::default()
         }
     }
 

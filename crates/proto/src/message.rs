@@ -141,6 +141,15 @@ pub struct Offer {
     /// The flag document's epoch, counter.
     #[prost(uint64, tag = "13")]
     pub epoch_counter: u64,
+    /// As a destination: the RAM blocks whose pages can be written straight into the guest's RAM, and read there.
+    #[prost(bytes = "vec", repeated, tag = "20")]
+    pub mapped: Vec<Vec<u8>>,
+    /// As a destination: why there are none, in words.
+    #[prost(string, tag = "21")]
+    pub unmapped: String,
+    /// As a destination: pages that it would keep for reference where no block is mapped.
+    #[prost(uint32, tag = "22")]
+    pub cache_pages: u32,
 }
 
 /// Opens a session. The destination holds the node names against the TLS identities.
@@ -233,6 +242,12 @@ pub struct Choice {
     /// The guest was running when the migration began, and shall run after it.
     #[prost(bool, tag = "9")]
     pub guest_runs: bool,
+    /// Chunks may refer to pages of the blocks that the destination has mapped.
+    #[prost(bool, tag = "20")]
+    pub mapped: bool,
+    /// Chunks may refer to pages in a cache of so many; 0 for none.
+    #[prost(uint32, tag = "21")]
+    pub cache_pages: u32,
 }
 
 /// Fixes the choice.

@@ -4,7 +4,7 @@
 //! so nobody in between can have altered them. A simpler path is never taken silently: each step down leaves a reason.
 
 use crate::chunk::Codec;
-use crate::limits::MAX_RAW_PAYLOAD;
+use crate::limits::{MAX_BLOCK_NAME, MAX_RAW_PAYLOAD};
 use crate::message::{Choice, Offer};
 
 /// Which way a migration's bytes take.
@@ -127,6 +127,8 @@ pub fn choose_again(
     let link = Mode::from_wire(before.mode).unwrap_or(Mode::Internet);
     let (source, destination) =
         (Offer { v3: true, ..source.clone() }, Offer { v3: true, ..destination.clone() });
+    // What was written to the VMM's socket may be unread still: only a stream from its beginning can be mapped.
+    let destination = Offer { mapped: Vec::new(), unmapped: String::new(), ..destination };
     let choice = choose(&source, &destination, Wish { path: Some(path), ..wish }, link)?;
     Ok(Choice { guest_runs: before.guest_runs, ..choice })
 }
@@ -134,7 +136,7 @@ pub fn choose_again(
 /// Whether both offers allow the choice of a later leg; the flag is not asked, see [`choose_again`].
 pub fn permits_again(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(), &'static str> {
     let (source, destination) =
-        (Offer { v3: true, ..source.clone() }, Offer { v3: true, ..destination.clone() });
+        (Offer { v3: true, ..source.clone() }, Offer { v3: true, mapped: Vec::new(), ..destination.clone() });
     permits(choice, &source, &destination)
 }
 
@@ -182,16 +184,24 @@ pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Re
         (Path::V3, None) if mode == Mode::Internet => most.min(4),
         (Path::V3, None) => most.min(2),
     };
+    let hde = source.hde.min(destination.hde);
+    let refers = path == Path::V3 && mode == Mode::Internet && hde >= REFERENCES;
+    let mapped = refers && !destination.mapped.is_empty();
+    if refers && !mapped && !destination.unmapped.is_empty() {
+        reasons.push(format!("sink stream instead of mapped: {}", destination.unmapped));
+    }
     Ok(Choice {
         path: path.to_wire(),
         mode: if path == Path::V1 { link } else { mode }.to_wire(),
         plain,
         streams,
         minor: source.minor_max.min(destination.minor_max),
-        hde: source.hde.min(destination.hde),
+        hde,
         window: source.window.min(destination.window),
         reasons,
         guest_runs: false,
+        mapped,
+        cache_pages: if refers && !mapped { destination.cache_pages } else { 0 },
     })
 }
 
@@ -228,6 +238,13 @@ pub fn permits(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(
     if path == Path::V3 && (choice.hde == 0 || choice.minor < source.minor_min.max(destination.minor_min)) {
         return Err("a version outside the offers");
     }
+    let refers = choice.mapped || choice.cache_pages > 0;
+    if refers && (path != Path::V3 || choice.hde < REFERENCES || choice.mapped && choice.cache_pages > 0) {
+        return Err("references where there can be none");
+    }
+    if choice.mapped && destination.mapped.is_empty() || choice.cache_pages > destination.cache_pages {
+        return Err("references to what the destination does not hold");
+    }
     if choice.reasons.len() > MAX_REASONS || choice.reasons.iter().any(|r| r.len() > MAX_REASON) {
         return Err("too many words for its reasons");
     }
@@ -244,6 +261,13 @@ fn check(offer: &Offer) -> Result<(), Impossible> {
     if offer.v3_reason.len() > MAX_FLAG_REASON || offer.v3_reason.chars().any(char::is_control) {
         return Err(Impossible::BadOffer("the words about its flag"));
     }
+    let spoken = offer.unmapped.len() <= MAX_FLAG_REASON && !offer.unmapped.chars().any(char::is_control);
+    if !spoken
+        || offer.mapped.len() > MAX_MAPPED
+        || offer.mapped.iter().any(|name| name.len() > MAX_BLOCK_NAME)
+    {
+        return Err(Impossible::BadOffer("what it says about the guest's RAM"));
+    }
     if offer.minor_min > offer.minor_max {
         return Err(Impossible::BadOffer("its lowest version is above its highest"));
     }
@@ -258,6 +282,12 @@ fn check(offer: &Offer) -> Result<(), Impossible> {
     }
     Ok(())
 }
+
+/// Most RAM blocks that an offer names as mapped: the handshake has room for them.
+pub const MAX_MAPPED: usize = 16;
+
+/// The payload encoding from which on chunks may refer to what the receiver holds.
+const REFERENCES: u32 = 2;
 
 /// Most data connections of one session.
 pub const MAX_STREAMS: u32 = 16;
@@ -314,6 +344,38 @@ mod tests {
             window: 8 << 20,
             ..Offer::default()
         }
+    }
+
+    #[test]
+    fn references_go_to_what_the_destination_holds_and_where_both_sides_know_them() {
+        let mapped = Offer { hde: 2, mapped: vec![b"pc.ram".to_vec()], cache_pages: 9, ..offer() };
+        let cached = Offer { hde: 2, unmapped: "private".into(), cache_pages: 9, ..offer() };
+        let choose = |source: &Offer, destination: &Offer, mode| {
+            let choice = choose(source, destination, Wish::default(), mode).unwrap();
+            assert_eq!(permits(&choice, source, destination), Ok(()));
+            (choice.mapped, choice.cache_pages, choice.reasons.len())
+        };
+        let new = Offer { hde: 2, ..offer() };
+        assert_eq!(choose(&new, &mapped, Mode::Internet), (true, 0, 0));
+        assert_eq!(choose(&new, &cached, Mode::Internet), (false, 9, 1));
+        assert_eq!(choose(&new, &mapped, Mode::Datacenter), (false, 0, 0));
+        assert_eq!(choose(&offer(), &mapped, Mode::Internet), (false, 0, 0));
+
+        let first = super::choose(&new, &mapped, Wish::default(), Mode::Internet).unwrap();
+        let again = choose_again(&new, &mapped, Path::V3, Wish::default(), &first).unwrap();
+        assert_eq!((again.mapped, again.cache_pages), (false, 9));
+        assert_eq!(permits_again(&again, &new, &mapped), Ok(()));
+        assert!(permits_again(&first, &new, &mapped).is_err());
+        for bad in [
+            Choice { cache_pages: 9, ..first.clone() },
+            Choice { hde: 1, ..first.clone() },
+            Choice { mapped: false, cache_pages: 10, ..first.clone() },
+        ] {
+            assert!(permits(&bad, &new, &mapped).is_err(), "{bad:?}");
+        }
+        assert!(permits(&first, &new, &cached).is_err());
+        let wordy = Offer { mapped: vec![Vec::new(); MAX_MAPPED + 1], ..mapped };
+        assert!(super::choose(&new, &wordy, Wish::default(), Mode::Internet).is_err());
     }
 
     fn path_of(choice: &Choice) -> Path {

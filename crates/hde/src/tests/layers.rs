@@ -16,6 +16,11 @@ use crate::{
 const RAM: &[u8] = b"pc.ram";
 const ROOM: usize = 8 << 20;
 
+/// Both blocks are held.
+fn all() -> Holding {
+    Holding::Blocks(BLOCKS.map(Box::from).to_vec())
+}
+
 /// A source and a receiver whose sink holds every page.
 struct Pair {
     memory: Memory,
@@ -24,7 +29,7 @@ struct Pair {
 
 impl Pair {
     fn new(layers: Layers) -> Self {
-        Pair { memory: Memory::new(layers, Holding::All, &[3; 32], ROOM), ram: Ram::default() }
+        Pair { memory: Memory::new(layers, all(), &[3; 32], ROOM), ram: Ram::default() }
     }
 
     /// Sends a segment and holds what arrives against it.
@@ -157,6 +162,18 @@ fn a_copy_of_a_block_that_the_chunk_does_not_name_goes_whole() {
 }
 
 #[test]
+fn a_block_that_is_not_held_is_neither_referred_to_nor_remembered() {
+    let mut pair = Pair::new(Layers::ALL);
+    pair.memory = Memory::new(Layers::ALL, Holding::Blocks(vec![RAM.into()]), &[1; 32], ROOM);
+    let mut both = || {
+        pair.send(|b| {
+            b.page(RAM, 0, &noise(1)).page(b"vga.vram", 0, &noise(1)).zero(b"vga.vram", 1);
+        })
+    };
+    assert_eq!((both().pages, both().unchanged_pages), (2, 1));
+}
+
+#[test]
 fn each_layer_can_be_off() {
     let run = |layers| {
         let mut pair = Pair::new(layers);
@@ -183,7 +200,7 @@ fn each_layer_can_be_off() {
 
 #[test]
 fn beyond_the_limit_pages_go_whole_and_are_counted() {
-    let mut memory = Memory::new(Layers::ALL, Holding::All, &[1; 32], 256 << 10);
+    let mut memory = Memory::new(Layers::ALL, all(), &[1; 32], 256 << 10);
     let mut ram = Ram::default();
     let mut stats = Stats::default();
     for _ in 0..2 {
@@ -356,7 +373,7 @@ fn check<S: Sink>(
     mut sink: S,
     taken: impl Fn(&mut S) -> Vec<u8>,
 ) -> Result<Stats, TestCaseError> {
-    let holding = slots.and_then(CacheSize::new).map_or(Holding::All, Holding::Cache);
+    let holding = slots.and_then(CacheSize::new).map_or_else(all, Holding::Cache);
     let mut memory = Memory::new(layers, holding, &[5; 32], ROOM);
     let mut model = Model::new(slots);
     let mut sum = Stats::default();
@@ -421,7 +438,7 @@ fn without_references_the_payload_is_that_of_version_1() {
     let mut builder = SegmentBuilder::naming(&BLOCKS);
     builder.page(RAM, 1, &text(1)).zero(RAM, 2).opaque(b"x");
     let segment = builder.finish(0);
-    let mut memory = Memory::new(Layers::ALL, Holding::All, &[5; 32], ROOM);
+    let mut memory = Memory::new(Layers::ALL, all(), &[5; 32], ROOM);
     let (_, with) = encode(&segment, &mut memory, Choice::Raw);
     let mut without = Vec::new();
     let encoded = Encoder::new().encode(&segment, Choice::Raw, &mut without).unwrap();

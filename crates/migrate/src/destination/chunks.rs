@@ -8,9 +8,10 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::BytesMut;
-use dwcp_hde::DecodeError;
+use dwcp_hde::{DecodeError, Unpacked};
 use dwcp_link::Reader;
 use dwcp_proto::chunk::{ChunkError, Kind, SIGNED_HEADER_LEN};
 use dwcp_proto::handover::Transfer;
@@ -23,10 +24,12 @@ use futures_util::stream::FuturesUnordered;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep_until};
 use tracing::{Instrument, info, warn};
 
 use super::Incoming;
 use super::land::{Landed, Landing, Order, ended};
+use super::replay::{Held, Replayed};
 use crate::error::{Blame, Failure};
 use crate::handshake::Arrival;
 use crate::pool::Share;
@@ -35,11 +38,22 @@ use crate::wire::{Frame, WireError, read_frame};
 /// Refused chunks named in one acknowledgement: 256 take some 4 KiB of the 16 KiB that a control message may have.
 const MAX_WANTED: usize = 256;
 
+/// How long the source may take to begin another leg where a page did not prove itself.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// What became of a payload.
 enum Decoded {
-    Stream(Vec<u8>),
+    Ready(Ready),
     Altered(ChunkError),
     Malformed(DecodeError),
+}
+
+/// What waits for its turn.
+enum Ready {
+    /// Bytes of the VMM's stream.
+    Stream(Vec<u8>),
+    /// A chunk that may refer to what is held when its turn comes.
+    Unpacked(Unpacked),
 }
 
 /// What a connection's task tells.
@@ -57,7 +71,10 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
         ready: HashMap::new(),
         refusals: HashMap::new(),
         leg: leg.number,
+        held: Held::of(leg, &mut landing.ram)?,
+        stuck: None,
     };
+    let refers = stage.held.is_some();
     let verifier = Verifier::new(leg.id, incoming.session.peer.clone());
     let (events_tx, mut events) = mpsc::channel(16);
     let mut links = JoinSet::new();
@@ -103,6 +120,7 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
                         receiver: stage.receiver.clone(),
                         verifier: verifier.clone(),
                         share: incoming.share.clone(),
+                        refers,
                         incoming: incoming.clone(),
                         events: events_tx.clone(),
                     };
@@ -115,6 +133,10 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
                 },
                 None => return Err(ended()),
             },
+            () = async { sleep_until(stage.stuck.unwrap_or_else(Instant::now)).await }, if stage.stuck.is_some() => {
+                let text = "a page did not prove itself, and the source did not go on without it";
+                return Err(Failure::new("delta_base", Blame::PeerMisbehaving, text, "try again"));
+            }
         }
     }
 }
@@ -122,20 +144,24 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
 /// What waits to be applied.
 struct Stage {
     receiver: Arc<Mutex<Receiver>>,
-    ready: HashMap<Seq, Vec<u8>>,
+    ready: HashMap<Seq, Ready>,
     /// How often a chunk was refused.
     refusals: HashMap<Seq, u32>,
     leg: u32,
+    /// What chunks may refer to.
+    held: Option<Held>,
+    /// A chunk cannot be applied; until when the source has time to begin another leg.
+    stuck: Option<Instant>,
 }
 
 impl Stage {
     /// Takes in what the pool found; true if it was refused and is wanted again.
     fn judge(&mut self, seq: Seq, decoded: Decoded, incoming: &Incoming) -> Result<bool, Failure> {
         match decoded {
-            Decoded::Stream(bytes) => {
+            Decoded::Ready(ready) => {
                 // Another copy may have been faster.
                 if lock(&self.receiver).verified(seq) {
-                    self.ready.insert(seq, bytes);
+                    self.ready.insert(seq, ready);
                 }
                 Ok(false)
             }
@@ -170,7 +196,7 @@ impl Stage {
 
     /// Applies everything that is next in order; the transfer once the end was.
     async fn apply(&mut self, landing: &mut Landing) -> Result<Option<Transfer>, Failure> {
-        loop {
+        while self.stuck.is_none() {
             let next = lock(&self.receiver).poll_apply();
             let counters = &landing.incoming.counters;
             let header = match next {
@@ -181,13 +207,37 @@ impl Stage {
                     return Err(attack(violation.kind(), &violation));
                 }
             };
-            let bytes = self.ready.remove(&header.seq).unwrap_or_default();
-            counters.raw.add(bytes.len() as u64);
+            let stream_len = u64::from(header.stream_len);
+            let bytes = match (self.ready.remove(&header.seq), self.held.take()) {
+                (Some(Ready::Unpacked(chunk)), Some(held)) => {
+                    let (held, replayed) = held.replay(chunk).await;
+                    self.held = held;
+                    match replayed? {
+                        Replayed::Bytes(bytes) => bytes,
+                        Replayed::Unproved(index) => {
+                            warn!(seq = %header.seq, page = %index, "a page did not prove itself, asking for another leg");
+                            landing.incoming.metrics.byzantine_attempt("delta_base");
+                            landing.distrust();
+                            self.stuck = Some(Instant::now() + PATIENCE);
+                            return Ok(None);
+                        }
+                    }
+                }
+                (Some(Ready::Stream(bytes)), held) => {
+                    self.held = held;
+                    bytes
+                }
+                (_, held) => {
+                    self.held = held;
+                    Vec::new()
+                }
+            };
+            counters.raw.add(stream_len);
             if header.kind == Kind::Data {
                 counters.rounds.set(u64::from(header.version.0) + 1);
                 counters.chunks.add(1);
             }
-            landing.sink.apply(&bytes).await?;
+            landing.sink.apply_for(&bytes, stream_len).await?;
             let (next, applied, root) = {
                 let mut receiver = lock(&self.receiver);
                 receiver.applied();
@@ -199,6 +249,7 @@ impl Stage {
                 return Ok(Some(Transfer { stream_len: applied, root }));
             }
         }
+        Ok(None)
     }
 }
 
@@ -207,7 +258,7 @@ fn lock(receiver: &Mutex<Receiver>) -> MutexGuard<'_, Receiver> {
 }
 
 /// An integrity failure: it ends the migration with the guest at the source, and never leads to v1.
-fn attack(kind: &str, error: &dyn std::error::Error) -> Failure {
+pub(super) fn attack(kind: &str, error: &dyn std::error::Error) -> Failure {
     let hint =
         "the guest is safe at the source; look for a faulty or hostile node or link before trying again";
     Failure::new(kind, Blame::PeerMisbehaving, error.to_string(), hint)
@@ -217,6 +268,8 @@ struct Link {
     receiver: Arc<Mutex<Receiver>>,
     verifier: Verifier,
     share: Share,
+    /// Whether chunks may refer to what is held.
+    refers: bool,
     incoming: Incoming,
     events: mpsc::Sender<LinkEvent>,
 }
@@ -285,17 +338,21 @@ impl Link {
             return Ok(());
         }
         let payload = payload.freeze();
+        let refers = self.refers;
         let result = self
             .share
             .run(move |worker| match header.payload(payload) {
                 Err(error) => Decoded::Altered(error),
-                Ok(chunk) if chunk.header().kind == Kind::End => Decoded::Stream(Vec::new()),
+                Ok(chunk) if chunk.header().kind == Kind::End => Decoded::Ready(Ready::Stream(Vec::new())),
                 Ok(chunk) => {
-                    let mut stream = Vec::new();
-                    match worker.decoder.decode(&chunk, &mut stream) {
-                        Ok(()) => Decoded::Stream(stream),
-                        Err(error) => Decoded::Malformed(error),
-                    }
+                    let ready = match refers {
+                        true => worker.decoder.unpack(&chunk).map(Ready::Unpacked),
+                        false => {
+                            let mut stream = Vec::new();
+                            worker.decoder.decode(&chunk, &mut stream).map(|()| Ready::Stream(stream))
+                        }
+                    };
+                    ready.map_or_else(Decoded::Malformed, Decoded::Ready)
                 }
             })
             .await;

@@ -5,12 +5,15 @@
 //! ```
 //! What came on a leg and was not applied when it ended is forgotten: the source sends it again on the next.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Body, StreamEnd, Switch, Switched};
 use dwcp_proto::negotiate::permits_again;
 use dwcp_proto::path::{Cause, Change};
 use dwcp_proto::session::{switch_message, switched_message};
 use dwcp_proto::{Leg, Path, StreamOffset};
+use dwcp_vmm::mapped::Ram;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
@@ -59,8 +62,13 @@ impl Sink {
 
     /// Gives the VMM the next bytes of its stream. Not to be cancelled: what is half written is neither applied nor not.
     pub(crate) async fn apply(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        self.apply_for(bytes, bytes.len() as u64).await
+    }
+
+    /// The same where `bytes` are what is left of `stream_len` bytes of the stream, without the pages that went into RAM.
+    pub(crate) async fn apply_for(&mut self, bytes: &[u8], stream_len: u64) -> Result<(), Failure> {
         self.stream.write_all(bytes).await.map_err(sink_failure)?;
-        self.applied += bytes.len() as u64;
+        self.applied += stream_len;
         Ok(())
     }
 
@@ -78,6 +86,10 @@ pub(crate) struct Landing {
     pub(crate) orders: mpsc::Receiver<Order>,
     pub(crate) acks: watch::Sender<Ack>,
     pub(crate) sink: Sink,
+    /// The guest's RAM, until a leg takes it.
+    pub(crate) ram: Option<Ram>,
+    /// Pages that did not prove themselves.
+    pub(crate) unproved: u32,
     /// The answer to the last order, said again where it may have been lost.
     switched: Option<Switched>,
 }
@@ -90,8 +102,10 @@ impl Landing {
         orders: mpsc::Receiver<Order>,
         acks: watch::Sender<Ack>,
         stream: UnixStream,
+        ram: Option<Ram>,
     ) -> Self {
-        Landing { incoming, control, arrivals, orders, acks, sink: Sink::new(stream), switched: None }
+        let sink = Sink::new(stream);
+        Landing { incoming, control, arrivals, orders, acks, sink, ram, unproved: 0, switched: None }
     }
 
     /// Receives until the whole stream was applied. Each turn is told to `turns`.
@@ -123,6 +137,7 @@ impl Landing {
             switched.signature = session.key.sign(&switched_message(&session.id, &switched)).to_vec();
             self.control.say(Body::Switched(switched.clone())).await;
             self.switched = Some(switched);
+            self.incoming.distrust.store(self.unproved > 1, Relaxed);
             let change = Change { to: leg.path, cause: turn.cause, reason: turn.switch.reason };
             // A full queue means that the migration's task waits for a VMM; the status tells all the same.
             let _ = turns.try_send(Turned { leg: leg.clone(), change });
@@ -170,6 +185,13 @@ impl Landing {
             Failure::new("downgrade_v1", Blame::PeerMisbehaving, text, "compare both agents' policies")
         })?;
         Ok(Some(Turn { switch, cause }))
+    }
+
+    /// A page did not prove itself: this leg cannot go on. The source learns it as a veto, which ends with the leg; but not
+    /// a second time, then v1 is where it stays.
+    pub(crate) fn distrust(&mut self) {
+        self.unproved += 1;
+        self.incoming.distrust.store(true, Relaxed);
     }
 
     /// Something was applied: the source may forget it.

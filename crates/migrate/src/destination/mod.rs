@@ -8,10 +8,13 @@
 mod bytes;
 mod chunks;
 mod land;
+mod replay;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dwcp_link::{Reader, Writer};
@@ -19,6 +22,7 @@ use dwcp_proto::handover::{AbortReason, Afterwards, Destination, Input, Outcome,
 use dwcp_proto::journal::{Accepted, Job};
 use dwcp_proto::message::{Ack, Body, Purpose, Veto};
 use dwcp_proto::{MigrationId, Path, Side};
+use dwcp_vmm::mapped::Ram;
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, RunState};
 use dwcp_vmm::socket;
 use tokio::net::UnixStream;
@@ -57,6 +61,8 @@ const LINGER: Duration = Duration::from_secs(5);
 const TURNS: usize = 16;
 /// The source's orders that may wait for the data path: it looks at them between two pieces of the stream.
 const ORDERS: usize = 16;
+/// The veto of a destination to which a page did not prove itself.
+const DISTRUST: &str = "a page that was put together from what the destination holds was not what was sent";
 /// Characters of a veto's reason.
 const MAX_VETO: usize = 120;
 /// Connections that may wait to be taken up: all streams and the control connection, twice.
@@ -71,6 +77,8 @@ pub(crate) struct Incoming {
     share: Share,
     counters: Arc<Counters>,
     metrics: Metrics,
+    /// Set while a page that did not prove itself keeps this node from going on with v3.
+    distrust: Arc<AtomicBool>,
 }
 
 /// A session that was agreed on, with the VMM that waits for it.
@@ -81,6 +89,8 @@ pub(crate) struct Agreed {
     pub(crate) session: Session,
     /// Where the source's agent can be asked, if it says so.
     pub(crate) peer_addr: Option<SocketAddr>,
+    /// The guest's RAM, where it can be written.
+    pub(crate) ram: Option<Ram>,
     pub(crate) control: (Reader, Writer),
     pub(crate) arrivals: mpsc::Receiver<Arrival>,
 }
@@ -111,7 +121,7 @@ async fn attempt(
     reins: Reins,
     in_flight: InFlight,
 ) -> Result<(), WriteError> {
-    let Agreed { id, spec, guest, session, peer_addr, control: first, arrivals } = agreed;
+    let Agreed { id, spec, guest, session, peer_addr, ram, control: first, arrivals } = agreed;
     let session = Arc::new(session);
     info!(session = %session.id, path = session.leg.path.name(), mode = session.leg.mode.name(), "session stands");
     report.session(&session);
@@ -149,10 +159,12 @@ async fn attempt(
         share: shared.pool.share(),
         counters,
         metrics: shared.metrics.clone(),
+        distrust: Arc::default(),
     };
     let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
     let mut run = Run::new(shared, report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
     run.in_flight = Some(in_flight);
+    run.ram = ram;
     run.drive(events, arrivals, reins).await;
     run.pilot.retire_if_settled().await;
     drop(run);
@@ -187,6 +199,7 @@ pub(crate) async fn resume(
         share: shared.pool.share(),
         counters,
         metrics: shared.metrics.clone(),
+        distrust: Arc::default(),
     };
     let known = session.id;
     let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
@@ -231,6 +244,8 @@ struct Run {
     /// What the source was told last of the veto.
     vetoed: Option<String>,
     transport: JoinSet<Result<Arrived, Failure>>,
+    /// The guest's RAM, until the data path takes it.
+    ram: Option<Ram>,
     arrived: Option<Arrived>,
     whole: bool,
     failure: Option<Failure>,
@@ -270,6 +285,7 @@ impl Run {
             vetoed: None,
             incoming,
             transport: JoinSet::new(),
+            ram: None,
             arrived: None,
             whole: false,
             failure: None,
@@ -341,7 +357,10 @@ impl Run {
                 Some(turned) = self.turns.recv() => self.turned(turned).await,
                 Ok(()) = self.gate.changed() => self.veto().await,
                 _ = retry.tick() => self.feed(Input::Retry).await,
-                _ = tick.tick() => self.look().await,
+                _ = tick.tick() => {
+                    self.veto().await;
+                    self.look().await;
+                }
                 // What cannot be ended now is gone on with from the journal.
                 true = closing(&self.shared) => return,
             }
@@ -422,7 +441,8 @@ impl Run {
         let (orders_tx, orders) = mpsc::channel(ORDERS);
         self.orders = Some(orders_tx);
         let (incoming, acks) = (self.incoming.clone(), self.acks.clone());
-        let landing = Landing::new(incoming, self.control.clone(), data, orders, acks, sink);
+        let ram = self.ram.take();
+        let landing = Landing::new(incoming, self.control.clone(), data, orders, acks, sink, ram);
         self.transport.spawn(landing.receive(self.turns_tx.clone()).in_current_span());
         self.report.set(|s| s.phase = Phase::Precopy);
         self.pilot.note("receiving", "").await;
@@ -467,6 +487,7 @@ impl Run {
     /// Tells the source whether v3 is wanted here, if that is news to it.
     async fn veto(&mut self) {
         let veto = self.gate.borrow_and_update().veto.as_ref().map(|reason| reason.text.clone());
+        let veto = veto.or_else(|| self.incoming.distrust.load(Relaxed).then(|| DISTRUST.to_owned()));
         if veto != self.vetoed && self.outcome.is_none() {
             let reason = veto.as_deref().unwrap_or_default().chars().take(MAX_VETO).collect();
             self.control.say(Body::Veto(Veto { reason })).await;

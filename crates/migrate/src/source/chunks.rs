@@ -10,7 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use dwcp_hde::Choice as Compression;
+use dwcp_hde::{CacheSize, Choice as Compression, EncodeError, Holding, Layers, Memory, Stats};
 use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Purpose};
@@ -20,7 +20,7 @@ use dwcp_proto::{EncodedChunk, Lane, Leg, LinkId, Mode, SealedChunk, Sealer, Seg
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 use tokio::io::AsyncReadExt;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tracing::{Instrument, debug, info};
@@ -31,8 +31,8 @@ use super::helm::Helm;
 use super::reel::Reel;
 use crate::control::{DataEvent, RETRY};
 use crate::error::{Blame, Failure};
-use crate::handshake::Dialler;
-use crate::pool::Share;
+use crate::handshake::{Dialler, nonce};
+use crate::pool::Worker;
 use crate::wire::{WireError, chunk_frame_len, write_chunk};
 
 /// Segments between the reel and the sealer: being encoded, or waiting for an earlier one.
@@ -63,6 +63,7 @@ pub(crate) async fn send(
     drop(events_tx);
 
     let compression = compression(leg.mode);
+    let mut baton = memory(out, leg)?.map(|memory| Baton::first(memory, leg.choice.mapped));
     let mut stage = Stage::new(out.clone(), leg);
     let mut encoding = FuturesOrdered::new();
     let mut receipt = out.receipt.subscribe();
@@ -101,7 +102,8 @@ pub(crate) async fn send(
             },
             segment = reel.next(), if !all_read && encoding.len() < AHEAD => {
                 if let Some(segment) = segment {
-                    encoding.push_back(encode(out.share.clone(), segment, compression));
+                    let baton = baton.as_mut().map(Baton::pass);
+                    encoding.push_back(encode(out.clone(), segment, compression, baton));
                 }
             }
             () = sleep(wait.unwrap_or_default()), if wait.is_some() => {}
@@ -121,36 +123,105 @@ fn compression(mode: Mode) -> Compression {
     }
 }
 
-/// Encodes one segment on the pool. An error says, in words, what failed on this node.
-async fn encode(share: Share, segment: Segment, compression: Compression) -> Result<EncodedChunk, String> {
-    let result = share
-        .run(move |worker| {
-            let mut payload = Vec::new();
-            let done = match worker.encoder.encode(&segment, compression, &mut payload) {
-                Ok(done) => done,
-                Err(error) => {
-                    // An index that does not fit its bytes is an error of ours; the bytes are right all the same.
-                    tracing::error!(%error, "segment sent as opaque bytes; please report this");
-                    let segment = Segment::opaque(segment.offset, segment.bytes.clone(), segment.version);
-                    worker.encoder.encode(&segment, compression, &mut payload)?
-                }
-            };
-            Ok(EncodedChunk::new(
-                done.codec,
-                Lane(0),
-                segment.version,
-                segment.offset,
-                segment.bytes.len() as u32,
-                done.raw_len,
-                payload.into(),
-            ))
-        })
-        .await;
-    match result.await {
-        Ok(Ok(chunk)) => Ok(chunk),
-        Ok(Err(error)) => Err::<_, dwcp_hde::EncodeError>(error).map_err(|error| error.to_string()),
-        Err(_) => Err("a codec thread failed".to_owned()),
+/// What the destination holds on this leg, as far as chunks may refer to it.
+fn memory(out: &Outgoing, leg: &Leg) -> Result<Option<Memory>, Failure> {
+    let holding = if leg.choice.mapped {
+        let mapped = &out.session.offers.destination.mapped;
+        Holding::Blocks(mapped.iter().map(|name| name.as_slice().into()).collect())
+    } else {
+        match CacheSize::new(leg.choice.cache_pages) {
+            Some(size) => Holding::Cache(size),
+            None => return Ok(None),
+        }
+    };
+    Ok(Some(Memory::new(Layers::ALL, holding, &nonce()?, out.remember)))
+}
+
+/// The memory on its way from segment to segment, in the order in which they are sent.
+struct Baton {
+    memory: oneshot::Receiver<Memory>,
+    mapped: bool,
+}
+
+/// One segment's turn with the memory.
+struct Turn {
+    memory: oneshot::Receiver<Memory>,
+    next: oneshot::Sender<Memory>,
+    /// The destination writes to the guest's RAM: no page may go by as opaque bytes, it would come late.
+    mapped: bool,
+}
+
+impl Baton {
+    fn first(memory: Memory, mapped: bool) -> Self {
+        let (first, receiver) = oneshot::channel();
+        // The receiver is right here.
+        let _ = first.send(memory);
+        Baton { memory: receiver, mapped }
     }
+
+    /// The turn of the next segment.
+    fn pass(&mut self) -> Turn {
+        let (next, receiver) = oneshot::channel();
+        Turn { memory: std::mem::replace(&mut self.memory, receiver), next, mapped: self.mapped }
+    }
+}
+
+/// Encodes one segment on the pool. An error says, in words, what failed on this node.
+async fn encode(
+    out: Outgoing,
+    segment: Segment,
+    compression: Compression,
+    turn: Option<Turn>,
+) -> Result<EncodedChunk, String> {
+    const FAILED: &str = "a codec thread failed";
+    let turn = match turn {
+        Some(Turn { memory, next, mapped }) => Some((memory.await.map_err(|_| FAILED)?, next, mapped)),
+        None => None,
+    };
+    let result = out.share.run(move |worker| encode_now(worker, &segment, compression, turn)).await;
+    let (chunk, stats) = result.await.map_err(|_| FAILED)?.map_err(|error| error.to_string())?;
+    out.counters.encoded(&stats);
+    out.metrics.encoded(&stats);
+    Ok(chunk)
+}
+
+fn encode_now(
+    worker: &mut Worker,
+    segment: &Segment,
+    compression: Compression,
+    turn: Option<(Memory, oneshot::Sender<Memory>, bool)>,
+) -> Result<(EncodedChunk, Stats), EncodeError> {
+    let mut payload = Vec::new();
+    let (mut memory, next, mapped) = match turn {
+        Some((memory, next, mapped)) => (Some(memory), Some(next), mapped),
+        None => (None, None, false),
+    };
+    let opaque;
+    let reading = match worker.encoder.read(segment, memory.as_mut()) {
+        Ok(reading) => reading,
+        Err(error) if mapped => return Err(error),
+        Err(error) => {
+            // An index that does not fit its bytes is an error of ours; the bytes are right all the same.
+            tracing::error!(%error, "segment sent as opaque bytes; please report this");
+            opaque = Segment::opaque(segment.offset, segment.bytes.clone(), segment.version);
+            worker.encoder.read(&opaque, None)?
+        }
+    };
+    if let (Some(memory), Some(next)) = (memory, next) {
+        // Whoever is next may be gone with the leg.
+        let _ = next.send(memory);
+    }
+    let done = reading.write(compression, &mut payload);
+    let chunk = EncodedChunk::new(
+        done.codec,
+        Lane(0),
+        segment.version,
+        segment.offset,
+        segment.bytes.len() as u32,
+        done.raw_len,
+        payload.into(),
+    );
+    Ok((chunk, done.stats))
 }
 
 /// The state between encoder and connections.

@@ -64,6 +64,8 @@ pub(crate) struct Outgoing {
     /// Part of the downtime that bytes in flight may take.
     budget: Duration,
     bucket: Arc<Mutex<Bucket>>,
+    /// Bytes that the memory of what the destination holds may take.
+    remember: usize,
     /// What the caller wished for, for the legs after the first.
     wish: Wish,
     /// The leg that the data is on.
@@ -129,7 +131,7 @@ async fn attempt(
         plan = prepare => plan?,
         () = reins.cancelled() => return Err(cancelled()),
     };
-    let Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, .. } = plan;
+    let Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, ram, .. } = plan;
     // Before the destination is bound to the session: a disk that cannot take a journal is no reason to keep it waiting.
     let journal =
         Journal::create(&shared.config.state_dir, id, Side::Source).await.map_err(journal_failure)?;
@@ -189,6 +191,7 @@ async fn attempt(
         metrics: shared.metrics.clone(),
         budget: downtime.in_flight,
         bucket: Arc::new(Mutex::new(Bucket::new(spec.bandwidth_limit))),
+        remember: crate::hde::allowance(ram, shared.config.limits.memory),
         wish,
     };
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
@@ -247,6 +250,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         metrics: shared.metrics.clone(),
         budget: Duration::ZERO,
         bucket: Arc::new(Mutex::new(Bucket::new(None))),
+        remember: 0,
         wish: Wish::default(),
     };
     let mut run = Run::new(&shared, &id, &report, pilot, guest, control, outgoing);

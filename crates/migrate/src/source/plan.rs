@@ -67,6 +67,8 @@ pub(crate) struct Plan {
     pub(crate) downtime: Downtime,
     pub(crate) wish: Wish,
     pub(crate) offer: Offer,
+    /// Bytes of guest RAM.
+    pub(crate) ram: u64,
     problems: Vec<Failure>,
     notes: Vec<String>,
 }
@@ -194,7 +196,8 @@ pub(crate) async fn plan(
         Ok(downtime) => downtime,
         Err(failure) => return Err(together(problems, failure)),
     };
-    Ok(Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, problems, notes })
+    let ram = crate::hde::ram_bytes(&description);
+    Ok(Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, ram, problems, notes })
 }
 
 /// `migrate --check`.

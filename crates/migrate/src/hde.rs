@@ -1,0 +1,78 @@
+//! What a migration may spend on referring to pages that the destination holds, and what it says of it.
+
+use dwcp_hde::{CacheSize, Stats};
+use dwcp_proto::limits::{MAX_BLOCK_NAME, PAGE_SIZE};
+use dwcp_proto::message::Offer;
+use dwcp_proto::negotiate::MAX_MAPPED;
+use dwcp_vmm::describe::VmDescription;
+use dwcp_vmm::mapped::{Ram, Unmapped};
+
+use crate::counters::Counters;
+use crate::report::anon_bytes;
+
+/// Bytes that either end may take for references, beside a share of the guest's RAM: together with what the agent
+/// takes anyway this stays below 64 MiB and 3 %.
+const BASE: u64 = 16 << 20;
+/// The share of the guest's RAM, in parts of a thousand. All pages of a guest take some 35 at the source.
+const PER_MILLE: u64 = 27;
+/// Characters of the words that say why no RAM is mapped.
+const MAX_REASON: usize = 200;
+
+/// Bytes that a migration of a guest with so much RAM may take for references, where the whole agent may take `limit`: half of
+/// what is left of it at most.
+pub(crate) fn allowance(ram: u64, limit: Option<u64>) -> usize {
+    let bytes = BASE.saturating_add(ram / 1000 * PER_MILLE);
+    let left = limit.map_or(u64::MAX, |limit| limit.saturating_sub(anon_bytes()) / 2);
+    usize::try_from(bytes.min(left)).unwrap_or(usize::MAX)
+}
+
+/// Bytes of RAM of a VM.
+pub(crate) fn ram_bytes(description: &VmDescription) -> u64 {
+    description.ram.iter().fold(0, |sum, block| sum.saturating_add(block.used))
+}
+
+/// Completes a destination's offer by what it can hold.
+pub(crate) fn offer(
+    offer: Offer,
+    ram: &Result<Ram, Unmapped>,
+    description: &VmDescription,
+    limit: Option<u64>,
+) -> Offer {
+    let pages = allowance(ram_bytes(description), limit) / (PAGE_SIZE + CacheSize::OVERHEAD);
+    let offer = Offer { cache_pages: u32::try_from(pages).unwrap_or(u32::MAX), ..offer };
+    match ram {
+        Ok(ram) => {
+            let named = ram.blocks().filter(|name| name.len() <= MAX_BLOCK_NAME).take(MAX_MAPPED);
+            Offer { mapped: named.map(<[u8]>::to_vec).collect(), ..offer }
+        }
+        Err(why) => {
+            let words: String = chain(why).chars().filter(|c| !c.is_control()).take(MAX_REASON).collect();
+            Offer { unmapped: words, ..offer }
+        }
+    }
+}
+
+/// An error with its sources, as one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        words.push_str(": ");
+        words.push_str(&error.to_string());
+        source = error.source();
+    }
+    words
+}
+
+impl Counters {
+    /// A chunk was encoded.
+    pub(crate) fn encoded(&self, stats: &Stats) {
+        self.pages_zero.add(stats.zero_pages + stats.blank_pages);
+        self.pages_unchanged.add(stats.unchanged_pages);
+        self.pages_copied.add(stats.copied_pages);
+        self.pages_delta.add(stats.delta_pages);
+        self.delta_lines.add(stats.delta_lines);
+        self.pages_whole.add(stats.pages);
+        self.pages_untracked.add(stats.untracked_pages);
+    }
+}
