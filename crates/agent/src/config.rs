@@ -80,12 +80,7 @@ impl Config {
 
     /// What is accepted but has no effect in this version: said at every start, never passed over.
     pub(crate) fn without_effect(&self) -> Vec<&'static str> {
-        match self.vmm.attach {
-            Attach::None => Vec::new(),
-            Attach::Ptrace => {
-                vec!["[vmm] attach = \"ptrace\": direct sources are not built yet; streams are used"]
-            }
-        }
+        Vec::new()
     }
 }
 
@@ -317,7 +312,7 @@ impl Limits {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Vmm {
-    /// Whether the agent may attach to QEMU's process, for direct sources.
+    /// Whether the agent may attach to QEMU's process, so that precopy outlives this agent at the destination.
     pub(crate) attach: Attach,
     /// Folders in which QMP and relay sockets must lie; any absolute path where empty.
     pub(crate) paths: Vec<Absolute>,

@@ -35,7 +35,7 @@ use clap::{Parser, Subcommand};
 use dwcp_migrate::{Blame, Engine, EngineConfig, Failure, Limits, Policy};
 use tracing::{info, warn};
 
-use crate::config::{Config, ConfigError, Encryption};
+use crate::config::{Attach, Config, ConfigError, Encryption};
 use crate::readiness::Readiness;
 use crate::signals::{Event, Signals};
 
@@ -125,6 +125,7 @@ async fn life(config: Config) -> Result<(), Failure> {
         policy: policy(&config),
         limits: limits(&config),
         gate: flag.gate(),
+        attach: config.vmm.attach == Attach::Ptrace,
         listen: config.listen.data,
     });
     let engine = tokio::select! {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -108,6 +108,22 @@ impl Gauge {
         if let Some(socket) = self.0.upgrade() {
             // Already disconnected is as good as cut.
             let _ = SockRef::from(&*socket).shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// Bytes that were ever written to a TCP socket, by whichever process: those that the other end's kernel has, and those on their way. A
+/// socket counts its own opening as one byte, or not, by who connected; take the difference to a figure of before the first write.
+///
+/// # Errors
+/// It is no TCP socket.
+pub fn ever_written(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    // What is acknowledged between the two questions is counted twice or not at all: ask until nothing moved.
+    loop {
+        let before = tcp_info(socket)?.tcpi_bytes_acked;
+        let queued = queued(socket)?;
+        if tcp_info(socket)?.tcpi_bytes_acked == before {
+            return Ok(before + u64::from(queued));
         }
     }
 }

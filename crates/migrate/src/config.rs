@@ -125,6 +125,8 @@ pub struct EngineConfig {
     pub limits: Limits,
     /// The flag's verdict, kept up to date.
     pub gate: watch::Receiver<Gate>,
+    /// Whether this agent may attach to the VMMs' processes: then precopy outlives the destination's agent.
+    pub attach: bool,
     /// Where the data listener binds; port 0 takes a free one.
     pub listen: SocketAddr,
 }

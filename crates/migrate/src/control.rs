@@ -55,6 +55,8 @@ pub(crate) enum DataEvent {
     Veto(String),
     /// The control connection stands again; what was said may have been lost.
     Up,
+    /// The destination's agent was restarted and knows no more of the leg than what its VMM was given.
+    Restarted,
 }
 
 /// How to speak to the peer.
@@ -288,6 +290,11 @@ async fn read_all(
             (Body::Ack(ack), Some(data)) => drop_result(data.send(DataEvent::Ack(ack)).await),
             (Body::Switched(word), Some(data)) => drop_result(data.send(DataEvent::Switched(word)).await),
             (Body::Veto(word), Some(data)) => drop_result(data.send(DataEvent::Veto(word.reason)).await),
+            // Without a data path it is the migration's own matter.
+            (Body::Restarted(word), Some(data)) => match data.send(DataEvent::Restarted).await {
+                Ok(()) => None,
+                Err(_) => Some(Body::Restarted(word)),
+            },
             (body, _) => Some(body),
         };
         let Some(body) = body else { continue };

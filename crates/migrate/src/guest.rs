@@ -1,14 +1,17 @@
 //! The VMM beside this agent, in the words of the handover.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dwcp_proto::handover::VmmState;
 use dwcp_proto::journal::Process;
+use dwcp_vmm::kept::{self, Mark};
 use dwcp_vmm::qmp::{Event, Events, MigrationStatus, Qemu, QmpConfig, QmpError, RunState};
 use dwcp_vmm::socket::{OpenError, SocketError};
 use rustix::process::Pid;
+use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 use crate::error::{Blame, Failure};
@@ -61,6 +64,14 @@ impl Guest {
     /// The process, for the journal.
     pub(crate) fn process(&self) -> Option<Process> {
         self.state().process.as_ref().map(|process| process.identity().clone())
+    }
+
+    /// The agent's end of a connection into this VMM that an earlier life made.
+    pub(crate) fn kept(&self, mark: Mark) -> io::Result<TcpStream> {
+        match &self.state().process {
+            Some(process) => kept::find_again(process.identity().pid, process.handle(), mark),
+            None => Err(io::Error::new(io::ErrorKind::NotFound, "the VMM's process is not known")),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -1,7 +1,7 @@
 //! Processes of this machine, known so that a number that is used again does not come to mean another one.
 
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use dwcp_proto::journal::Process;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -32,6 +32,11 @@ impl Running {
     /// What it is called for as long as this machine is up.
     pub(crate) fn identity(&self) -> &Process {
         &self.identity
+    }
+
+    /// The process, held so that its number cannot come to mean another.
+    pub(crate) fn handle(&self) -> BorrowedFd<'_> {
+        self.handle.as_fd()
     }
 
     /// Whether it has ended, whoever has the number now.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use dwcp_link::Listener;
 use dwcp_proto::message::Purpose;
 use dwcp_proto::{MigrationId, Side, VmName};
-use dwcp_vmm::mapped::Ram;
+use dwcp_vmm::mapped::{Ram, Unmapped};
 use dwcp_vmm::preflight;
 use tokio::sync::{Semaphore, mpsc};
 use tracing::{Instrument, debug, info, info_span, warn};
@@ -139,7 +139,10 @@ impl Shared {
                 return Err(failure);
             }
             let description = qemu.describe().await.map_err(qmp_failure)?;
-            let ram = Ram::open(&qemu).await;
+            let ram = match self.config.attach {
+                true => Err(Unmapped::Kept),
+                false => Ram::open(&qemu).await,
+            };
             let offer =
                 hde::offer(self.offer_as_destination(), &ram, &description, self.config.limits.memory);
             let json = description.to_json();

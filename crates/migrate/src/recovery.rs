@@ -12,6 +12,7 @@ use dwcp_proto::{Leg, MigrationId, Mode, Path, PeerKey, Side};
 use tokio::sync::mpsc;
 use tracing::{Instrument, error, info, info_span, warn};
 
+use crate::destination::{self, Kept};
 use crate::error::{Blame, Failure};
 use crate::guest::Guest;
 use crate::handshake::{Offers, Session};
@@ -20,7 +21,7 @@ use crate::reins::reins;
 use crate::report::Report;
 use crate::shared::Shared;
 use crate::status::{Phase, Role};
-use crate::{destination, explain, source};
+use crate::{explain, source};
 
 /// A migration of an earlier life of this agent.
 pub(crate) struct Revived {
@@ -30,6 +31,8 @@ pub(crate) struct Revived {
     pub(crate) journal: Journal,
     pub(crate) entries: Vec<Entry>,
     pub(crate) peer_addr: Option<SocketAddr>,
+    /// Where the destination's connection to its VMM is.
+    pub(crate) kept: Option<Kept>,
 }
 
 /// How long an ended migration still answers its peer.
@@ -76,7 +79,10 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
         }
         return;
     }
-    let session = match session_of(shared, job, side) {
+    let kept =
+        Kept::find(replay.entries.iter().map(|stamped| &stamped.entry)).filter(|_| shared.config.attach);
+    let offers = kept.as_ref().and_then(Kept::offers).unwrap_or_default();
+    let session = match session_of(shared, job, side, offers) {
         Ok(session) => Arc::new(session),
         Err(error) => return error!(error, path = %path.display(), "a journal names no usable peer"),
     };
@@ -100,6 +106,7 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
         journal,
         peer_addr: job.peer_addr,
         entries: entries.clone(),
+        kept,
     };
     let shared_too = shared.clone();
     match side {
@@ -139,7 +146,7 @@ fn is_over(last: &Entry, unix_ms: u64) -> bool {
     }
 }
 
-fn session_of(shared: &Shared, job: &Job, side: Side) -> Result<Session, &'static str> {
+fn session_of(shared: &Shared, job: &Job, side: Side, offers: Offers) -> Result<Session, &'static str> {
     let peer = PeerKey::from_bytes(job.peer.clone(), &job.peer_key).map_err(|_| "its key is not usable")?;
     if !shared.config.peers.roster().trusts(&peer) {
         return Err("its key is no longer in the peers folder");
@@ -148,7 +155,7 @@ fn session_of(shared: &Shared, job: &Job, side: Side) -> Result<Session, &'stati
     let choice = Choice { path: path.to_wire(), mode: Mode::Internet.to_wire(), ..Choice::default() };
     let leg = Leg::first(job.session, choice).ok_or("its path is none")?;
     let key = shared.config.key.clone();
-    Ok(Session { id: job.session, side, key, peer, leg, offers: Offers::default() })
+    Ok(Session { id: job.session, side, key, peer, leg, offers })
 }
 
 /// A journal from which no state follows.

@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dwcp_proto::path::Change;
+use dwcp_proto::path::{Cause, Change};
 use dwcp_proto::{Leg, MigrationId, NodeName, Path, VmName};
 use tokio::sync::watch;
 
@@ -117,10 +117,10 @@ impl Report {
     }
 
     /// The data goes on as another leg.
-    pub(crate) fn turned(&self, leg: &Leg, cause: &str, reason: &str) {
+    pub(crate) fn turned(&self, leg: &Leg, cause: Cause, reason: &str) {
         self.set(|s| {
             on_leg(s, leg);
-            s.path_switches += 1;
+            s.path_switches += u32::from(cause != Cause::Restarted);
             if s.fallback_reasons.len() < MAX_REASONS {
                 s.fallback_reasons.push(format!(
                     "{} from byte {} on: {cause}: {reason}",

@@ -57,6 +57,7 @@ impl Agent {
             policy: Policy::default(),
             limits: Limits { inflight: 16 << 20, workers: 1, migrations: 4, memory: None },
             gate: self.gate.subscribe(),
+            attach: false,
             listen: self.listen,
         };
         let engine = runtime.block_on(Engine::start(config)).unwrap();

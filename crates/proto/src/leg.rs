@@ -22,6 +22,7 @@ use crate::message::Choice;
 use crate::negotiate::{Mode, Path};
 
 const LEG: &str = "dwcp 2026-11 leg id v3";
+const LEG_ANEW: &str = "dwcp 2026-11 leg id v3 anew";
 const BYTES: &str = "dwcp 2026-11 leg bytes v3";
 
 /// One stretch of a session's data.
@@ -48,13 +49,28 @@ impl Leg {
         Some(Leg { number: 0, id: session, path, mode, choice, from: StreamOffset(0) })
     }
 
-    /// The leg after this one. `carried` is the digest of what this leg carried, where both sides know it.
-    pub fn next(&self, choice: Choice, from: StreamOffset, carried: Option<[u8; 32]>) -> Option<Self> {
-        let (path, mode) = (Path::from_wire(choice.path)?, Mode::from_wire(choice.mode)?);
+    /// The leg after this one. `carried` is the digest of what this leg carried, as both sides know it.
+    pub fn next(&self, choice: Choice, from: StreamOffset, carried: [u8; 32]) -> Option<Self> {
         let number = self.number.checked_add(1)?;
-        let mut hash = blake3::Hasher::new_derive_key(LEG);
-        hash.update(&self.id.0).update(&number.to_be_bytes()).update(&from.0.to_be_bytes());
-        hash.update(&carried.unwrap_or_default());
+        Self::after(&self.id, LEG, number, choice, from, &carried)
+    }
+
+    /// A leg that begins anew: the destination knows no more of the leg before than what its VMM was given.
+    pub fn anew(session: &SessionId, number: u32, choice: Choice, from: StreamOffset) -> Option<Self> {
+        Self::after(session, LEG_ANEW, number, choice, from, &[])
+    }
+
+    fn after(
+        before: &SessionId,
+        context: &str,
+        number: u32,
+        choice: Choice,
+        from: StreamOffset,
+        carried: &[u8],
+    ) -> Option<Self> {
+        let (path, mode) = (Path::from_wire(choice.path)?, Mode::from_wire(choice.mode)?);
+        let mut hash = blake3::Hasher::new_derive_key(context);
+        hash.update(&before.0).update(&number.to_be_bytes()).update(&from.0.to_be_bytes()).update(carried);
         let id = SessionId(*hash.finalize().as_bytes());
         Some(Leg { number, id, path, mode, choice, from })
     }
@@ -121,15 +137,16 @@ mod tests {
         let leg = first(3);
         let v1 = Choice { path: 1, streams: 1, ..Choice::default() };
         let next = |from, carried| leg.next(v1.clone(), StreamOffset(from), carried).unwrap();
-        let base = next(10, Some([1; 32]));
+        let base = next(10, [1; 32]);
         assert_eq!((base.number, base.path, base.from), (1, Path::V1, StreamOffset(10)));
         assert_ne!(base.id, leg.id);
-        for other in [next(11, Some([1; 32])), next(10, Some([2; 32])), next(10, None)] {
+        let anew = Leg::anew(&leg.id, 1, v1.clone(), StreamOffset(10)).unwrap();
+        for other in [next(11, [1; 32]), next(10, [2; 32]), anew] {
             assert_ne!(other.id, base.id);
         }
-        let after = base.next(v1.clone(), StreamOffset(10), Some([1; 32])).unwrap();
+        let after = base.next(v1.clone(), StreamOffset(10), [1; 32]).unwrap();
         assert_ne!(after.id, base.id, "the number counts");
-        assert!(leg.next(Choice { path: 2, ..v1 }, StreamOffset(0), None).is_none());
+        assert!(leg.next(Choice { path: 2, ..v1 }, StreamOffset(0), [0; 32]).is_none());
     }
 
     #[test]
@@ -143,7 +160,7 @@ mod tests {
         other.update(b"x");
         assert_ne!(digest.root(), other.root());
 
-        let second = first.next(first.choice.clone(), StreamOffset(3), Some(digest.root())).unwrap();
+        let second = first.next(first.choice.clone(), StreamOffset(3), digest.root()).unwrap();
         let (mut whole, mut parts, mut wrong) =
             (BytesDigest::new(&second), BytesDigest::new(&second), BytesDigest::new(&second));
         whole.update(b"abc");

@@ -36,7 +36,7 @@ pub const MINOR: u32 = 0;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Message {
     /// What it says; a body unknown here (a newer peer's) decodes as `None`.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20")]
     pub body: Option<Body>,
 }
 
@@ -97,6 +97,9 @@ pub enum Body {
     /// Answers `Ask`.
     #[prost(message, tag = "19")]
     Told(Told),
+    /// The destination came back without what it knew of the present leg.
+    #[prost(message, tag = "20")]
+    Restarted(Restarted),
 }
 
 /// What one side can and may do. Numbers are the wire's; `negotiate` reads them.
@@ -403,7 +406,7 @@ pub struct Switched {
     /// The offset in the VMM's stream up to which all was applied.
     #[prost(uint64, tag = "2")]
     pub applied: u64,
-    /// The digest of what the leg before carried, 32 bytes; empty if it is not known.
+    /// The digest of what the leg before carried, 32 bytes; empty if it is not known, after a restart.
     #[prost(bytes = "vec", tag = "3")]
     pub carried: Vec<u8>,
     /// The destination's signature: see `session::switched_message`.
@@ -436,6 +439,11 @@ pub struct Told {
     #[prost(bytes = "vec", tag = "1")]
     pub story: Vec<u8>,
 }
+
+/// The destination's agent was restarted, and its VMM still takes the stream: it asks for a new leg, whose `Switched` will say what the
+/// VMM was given. Said on each control connection until the leg begins.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Restarted {}
 
 /// A sign of life.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
@@ -485,6 +493,7 @@ impl Body {
             Body::Veto(_) => "veto",
             Body::Ask(_) => "ask",
             Body::Told(_) => "told",
+            Body::Restarted(_) => "restarted",
         }
     }
 }

@@ -25,6 +25,7 @@
 //! [`sim`] has a guest and a VMM that need no hypervisor. Nothing here knows of agents, chunks or networks.
 
 pub mod describe;
+pub mod kept;
 pub mod mapped;
 pub mod preflight;
 pub mod qmp;

@@ -5,6 +5,7 @@
 //! guest's memory. Only several connections (multifd) need a path: [`MigrationListener`].
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -90,7 +91,8 @@ const NAME: &str = "dwcp-migration";
 
 /// Lets a VMM migrate into a new connection, whose other end is returned. It goes on in the background.
 pub async fn open_outgoing(qemu: &Qemu) -> Result<UnixStream, OpenError> {
-    let ours = give_end(qemu).await?;
+    let (ours, theirs) = pair()?;
+    qemu.give(NAME, theirs.into()).await?;
     let begun = qemu.migrate(&format!("fd:{NAME}")).await;
     used(qemu, begun).await?;
     Ok(ours)
@@ -99,19 +101,24 @@ pub async fn open_outgoing(qemu: &Qemu) -> Result<UnixStream, OpenError> {
 /// Lets a VMM that waits in `-incoming defer` read from a new connection, whose other end is returned. Say `stop` first, or
 /// the guest starts by itself.
 pub async fn open_incoming(qemu: &Qemu) -> Result<UnixStream, OpenError> {
-    let ours = give_end(qemu).await?;
-    let begun = qemu.incoming(&format!("fd:{NAME}")).await;
-    used(qemu, begun).await?;
+    let (ours, theirs) = pair()?;
+    hand_over(qemu, theirs.into()).await?;
     Ok(ours)
 }
 
-/// Makes a connection and gives one end of it to the VMM.
-async fn give_end(qemu: &Qemu) -> Result<UnixStream, OpenError> {
+/// Lets a VMM that waits in `-incoming defer` read from this end of a connection.
+pub(crate) async fn hand_over(qemu: &Qemu, end: OwnedFd) -> Result<(), OpenError> {
+    qemu.give(NAME, end).await?;
+    let begun = qemu.incoming(&format!("fd:{NAME}")).await;
+    Ok(used(qemu, begun).await?)
+}
+
+/// Both ends of a connection: ours, and the VMM's.
+fn pair() -> Result<(UnixStream, std::os::unix::net::UnixStream), OpenError> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(OpenError::Pair)?;
     ours.set_nonblocking(true).map_err(OpenError::Pair)?;
     let ours = UnixStream::from_std(ours).map_err(OpenError::Pair)?;
-    qemu.give(NAME, theirs.into()).await?;
-    Ok(ours)
+    Ok((ours, theirs))
 }
 
 /// A VMM that does not use its end must not keep it.

@@ -7,6 +7,7 @@
 
 mod bytes;
 mod chunks;
+mod kept;
 mod land;
 mod replay;
 
@@ -20,12 +21,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use dwcp_link::{Reader, Writer};
 use dwcp_proto::handover::{AbortReason, Afterwards, Destination, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::journal::{Accepted, Job};
-use dwcp_proto::message::{Ack, Body, Purpose, Veto};
+use dwcp_proto::message::{Ack, Body, Purpose, Restarted, Veto};
 use dwcp_proto::{MigrationId, Path, Side};
 use dwcp_vmm::mapped::Ram;
-use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, RunState};
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, Qemu, RunState};
 use dwcp_vmm::socket;
-use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -68,7 +68,8 @@ const MAX_VETO: usize = 120;
 /// Connections that may wait to be taken up: all streams and the control connection, twice.
 pub(crate) const ARRIVALS: usize = 36;
 
-use land::{Landing, Order};
+pub(crate) use kept::Kept;
+use land::{Landing, Order, Sink};
 
 /// What both data paths need.
 #[derive(Clone)]
@@ -181,13 +182,18 @@ pub(crate) async fn resume(
     report: Arc<Report>,
     reins: Reins,
 ) {
-    let Revived { session, guest, journal, entries, .. } = revived;
+    let Revived { session, guest, journal, entries, kept, .. } = revived;
     let guest = Arc::new(guest);
-    let machine = match Destination::recover(&entries, guest.at_destination().await) {
+    let state = guest.at_destination().await;
+    let kept = kept.filter(|_| state == Some(VmmState::Incoming)).and_then(|kept| take_up(&kept, &guest));
+    let goes_on = kept.as_ref().and_then(|_| Destination::go_on(&entries));
+    let again = goes_on.is_some();
+    let machine = match goes_on.map_or_else(|| Destination::recover(&entries, state), Ok) {
         Ok(machine) => Machine::Destination(machine),
         Err(error) => return report.end(Phase::Failed, Some(recovery::undecided(&error))),
     };
-    let (acks_tx, acks) = watch::channel(Ack::default());
+    // No leg's: the source goes by it only once it has begun a new one.
+    let (acks_tx, acks) = watch::channel(Ack { leg: u32::MAX, ..Ack::default() });
     let (rejoins_tx, rejoins) = mpsc::channel(ARRIVALS);
     let counters = report.counters.clone();
     let origin = Origin::Accept(rejoins, acks_tx.subscribe());
@@ -205,6 +211,7 @@ pub(crate) async fn resume(
     let pilot = Pilot::new(machine, journal, session, control.clone(), guest.clone());
     let mut run = Run::new(&shared, &report, pilot, guest, control, incoming, acks_tx, rejoins_tx);
     run.dark_since = Some(Instant::now());
+    (run.kept, run.again) = (kept.filter(|_| again), again);
     run.drive(events, arrivals, reins).await;
     run.pilot.retire_if_settled().await;
     drop(run);
@@ -212,11 +219,25 @@ pub(crate) async fn resume(
     shared.forget(&known);
 }
 
+/// The connection that an earlier life made, if it still stands.
+fn take_up(kept: &Kept, guest: &Guest) -> Option<Sink> {
+    match kept.take_up(guest) {
+        Ok(sink) => {
+            info!(applied = sink.applied(), "the connection to the VMM stands: receiving goes on");
+            Some(sink)
+        }
+        Err(error) => {
+            warn!(%error, "the connection to the VMM is lost: the migration is taken back");
+            None
+        }
+    }
+}
+
 /// Everything was given to the VMM.
 struct Arrived {
     transfer: Transfer,
     /// The VMM's socket: it stays open until the VMM has taken what is in it.
-    _sink: UnixStream,
+    _sink: Sink,
     /// The data connections: closed before the source knows that it is done, they would look lost to it.
     _connections: Box<dyn Send>,
 }
@@ -241,6 +262,10 @@ struct Run {
     path: Path,
     /// This node's flag, for its veto.
     gate: watch::Receiver<Gate>,
+    /// The connection to the VMM that an earlier life of this agent made.
+    kept: Option<Sink>,
+    /// A life before this one knew the leg; the source has not begun a new one yet.
+    again: bool,
     /// What the source was told last of the veto.
     vetoed: Option<String>,
     transport: JoinSet<Result<Arrived, Failure>>,
@@ -283,6 +308,8 @@ impl Run {
             path: incoming.session.leg.path,
             gate: shared.config.gate.clone(),
             vetoed: None,
+            kept: None,
+            again: false,
             incoming,
             transport: JoinSet::new(),
             ram: None,
@@ -435,23 +462,43 @@ impl Run {
         let mut capabilities = vec![("events", true), ("late-block-activate", true)];
         capabilities.extend(off.map(|name| (name, false)));
         qemu.set_capabilities(&capabilities).await.map_err(qmp_failure)?;
-        let sink = socket::open_incoming(&qemu).await.map_err(open_failure)?;
+        let sink = match self.kept.take() {
+            Some(sink) => sink,
+            None => self.open(&qemu).await?,
+        };
         let (data_tx, data) = mpsc::channel(ARRIVALS);
         self.data = Some(data_tx);
         let (orders_tx, orders) = mpsc::channel(ORDERS);
         self.orders = Some(orders_tx);
         let (incoming, acks) = (self.incoming.clone(), self.acks.clone());
         let ram = self.ram.take();
-        let landing = Landing::new(incoming, self.control.clone(), data, orders, acks, sink, ram);
+        let control = self.control.clone();
+        let landing = Landing::new(incoming, control, data, orders, acks, sink, ram, self.again);
         self.transport.spawn(landing.receive(self.turns_tx.clone()).in_current_span());
         self.report.set(|s| s.phase = Phase::Precopy);
         self.pilot.note("receiving", "").await;
         Ok(())
     }
 
+    /// A new connection to the waiting VMM: one that outlives this agent where that may attach to the VMM.
+    async fn open(&mut self, qemu: &Qemu) -> Result<Sink, Failure> {
+        if !self.shared.config.attach {
+            return Ok(Sink::new(socket::open_incoming(qemu).await.map_err(open_failure)?));
+        }
+        let (stream, mark) = dwcp_vmm::kept::open_incoming(qemu).await.map_err(open_failure)?;
+        match Kept::new(&stream, mark, &self.incoming.session.offers) {
+            Ok(kept) => self.pilot.note(kept::KEPT, kept.to_text()).await,
+            Err(error) => warn!(%error, "a restart of this agent will cost this migration"),
+        }
+        Ok(Sink::kept(stream, 0))
+    }
+
     async fn control_event(&mut self, event: Event) {
         match event {
             Event::Up => {
+                if self.again {
+                    self.control.say(Body::Restarted(Restarted {})).await;
+                }
                 if self.dark_since.take().is_some() {
                     self.pilot.note("link_up", "").await;
                 }
@@ -499,7 +546,8 @@ impl Run {
     async fn turned(&mut self, Turned { leg, change }: Turned) {
         let (path, cause) = (leg.path, change.cause);
         self.path = path;
-        self.report.turned(&leg, cause.code(), &change.reason);
+        self.again = false;
+        self.report.turned(&leg, cause, &change.reason);
         if let Some(in_flight) = &mut self.in_flight {
             in_flight.path(path);
         }
@@ -606,6 +654,7 @@ impl Run {
         self.transport.abort_all();
         // QEMU has the whole stream; its socket may close.
         self.arrived = None;
+        forget_kept(&self.shared, &self.guest).await;
         match self.outcome {
             Some(Outcome::Moved) => self.report.end(Phase::Completed, None),
             Some(Outcome::Aborted(reason)) => {
@@ -631,6 +680,16 @@ impl Run {
 
 fn ended() -> Failure {
     Failure::new("ended", Blame::Local, "the control connection's task ended", "please report this")
+}
+
+/// A VMM that goes on must not keep a copy of a connection that is over.
+async fn forget_kept(shared: &Shared, guest: &Guest) {
+    if shared.config.attach
+        && let Ok(qemu) = guest.reach().await
+    {
+        // It may never have been given one.
+        let _ = dwcp_vmm::kept::forget(&qemu).await;
+    }
 }
 
 /// The VMM does not take its stream any more.

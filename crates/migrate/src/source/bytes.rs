@@ -11,13 +11,14 @@ use dwcp_proto::handover::Transfer;
 use dwcp_proto::leg::BytesDigest;
 use dwcp_proto::message::{Ack, Body, Purpose, StreamEnd};
 use dwcp_proto::pace::Pace;
+use dwcp_proto::path::Change;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::info;
 
 use super::Outgoing;
-use super::carry::{Carried, Peer, beyond_end};
+use super::carry::{Carried, Peer, beyond_end, restarted};
 use super::helm::Helm;
 use super::reel::Reel;
 use crate::control::{Control, DataEvent, RETRY};
@@ -58,7 +59,9 @@ pub(crate) async fn send(
             tokio::select! {
                 biased;
                 change = helm.turn(), if turns => return Ok((Carried::Turn(change), ring)),
-                said = peer.recv() => ring.hear(said, reel, control, helm).await?,
+                said = peer.recv() => if let Some(change) = ring.hear(said, reel, control, helm).await? {
+                    return Ok((Carried::Turn(change), ring));
+                },
                 Ok(()) = ring.receipt.changed() => {}
                 joined = &mut join => break joined,
             }
@@ -154,7 +157,7 @@ impl Ring {
         reel: &mut Reel,
         control: &Control,
         helm: &mut Helm,
-    ) -> Result<(), Failure> {
+    ) -> Result<Option<Change>, Failure> {
         match said {
             Some(DataEvent::Ack(Ack { applied, leg, .. })) if leg == self.leg.number => {
                 let rtt = self.out.counters.rtt_us.load();
@@ -169,10 +172,11 @@ impl Ring {
                 }
             }
             Some(DataEvent::Veto(reason)) => helm.veto(&reason),
+            Some(DataEvent::Restarted) => return Ok(Some(restarted(&self.leg))),
             Some(DataEvent::Ack(_) | DataEvent::Switched(_)) => {}
             None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
         }
-        Ok(())
+        Ok(None)
     }
 
     async fn tell_end(&mut self, length: u64, control: &Control) {
@@ -260,7 +264,10 @@ impl Ring {
                 segment = reel.next(), if has_room => if segment.is_some() {
                     self.busy_since.get_or_insert_with(Instant::now);
                 },
-                said = peer.recv() => self.hear(said, reel, control, helm).await?,
+                said = peer.recv() => if let Some(change) = self.hear(said, reel, control, helm).await? {
+                    gauge.cut();
+                    return Ok(Ended::Leg(Carried::Turn(change)));
+                },
                 Ok(()) = self.receipt.changed() => {}
                 error = &mut silence => return Ok(Ended::Connection(error)),
             }

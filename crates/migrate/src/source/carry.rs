@@ -9,7 +9,7 @@
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Body, Switch, Switched};
 use dwcp_proto::negotiate::choose_again;
-use dwcp_proto::path::Change;
+use dwcp_proto::path::{Cause, Change};
 use dwcp_proto::session::{switch_message, switched_message};
 use dwcp_proto::{Leg, Path, StreamOffset};
 use tokio::sync::mpsc;
@@ -68,22 +68,25 @@ pub(crate) async fn carry(
         info!(to = change.to.name(), cause = %change.cause, reason = %change.reason, "the path changes");
         let switch = order(&out, &leg, &change)?;
         let switched = ask(&out, &control, &switch, &mut peer, &mut helm).await?;
-        let carried = match &mut before {
-            Before::Chunks(stage) => stage.carried_until(&mut reel, switched.applied)?,
-            Before::Bytes(ring) => ring.carried_until(&mut reel, switched.applied)?,
+        let from = StreamOffset(switched.applied);
+        let choice = switch.choice.unwrap_or_default();
+        let next = if switched.carried.is_empty() {
+            // It was restarted: what its VMM was given is all that it knows, and nothing was signed for it yet.
+            Leg::anew(&out.session.id, switch.leg, choice, from)
+        } else {
+            let carried = match &mut before {
+                Before::Chunks(stage) => stage.carried_until(from.0)?,
+                Before::Bytes(ring) => ring.carried_until(&mut reel, from.0)?,
+            };
+            if switched.carried != carried {
+                let text =
+                    "what the destination applied is not what was sent, by the digest at the change of path";
+                let hint = "the guest is safe here";
+                return Err(Failure::new("lying_destination", Blame::PeerMisbehaving, text, hint));
+            }
+            leg.next(choice, from, carried)
         };
-        if switched.carried != carried {
-            let text =
-                "what the destination applied is not what was sent, by the digest at the change of path";
-            return Err(Failure::new(
-                "lying_destination",
-                Blame::PeerMisbehaving,
-                text,
-                "the guest is safe here",
-            ));
-        }
-        let next =
-            switch.choice.and_then(|choice| leg.next(choice, StreamOffset(switched.applied), Some(carried)));
+        reel.trim(from.0, |_| {}).map_err(beyond_end)?;
         leg =
             next.ok_or_else(|| Failure::new("leg", Blame::Local, "no further leg", "please report this"))?;
         reel.rewind();
@@ -98,11 +101,14 @@ pub(crate) async fn carry(
 /// The order to go on as another leg.
 fn order(out: &Outgoing, leg: &Leg, change: &Change) -> Result<Switch, Failure> {
     let (source, destination) = (&out.session.offers.source, &out.session.offers.destination);
-    let choice = choose_again(source, destination, change.to, out.wish, &leg.choice).map_err(|why| {
-        let text = format!("{} ({}), and {why}", change.reason, change.cause);
-        let code = if change.to == Path::V1 { "v1_barred" } else { "no_path" };
-        Failure::new(code, Blame::Operator, text, "change [policy] v1, or the flag")
-    })?;
+    let choice = match change.to == leg.path {
+        true => leg.choice.clone(),
+        false => choose_again(source, destination, change.to, out.wish, &leg.choice).map_err(|why| {
+            let text = format!("{} ({}), and {why}", change.reason, change.cause);
+            let code = if change.to == Path::V1 { "v1_barred" } else { "no_path" };
+            Failure::new(code, Blame::Operator, text, "change [policy] v1, or the flag")
+        })?,
+    };
     let mut switch = Switch {
         leg: leg.number + 1,
         choice: Some(choice),
@@ -136,11 +142,17 @@ async fn ask(
                 let text = "the signature of the peer's switched is wrong";
                 return Err(Failure::new("sig_forge", Blame::PeerMisbehaving, text, ""));
             }
-            // Of the leg that is over.
-            Some(DataEvent::Ack(_) | DataEvent::Switched(_)) => {}
+            // Of the leg that is over; or a restart, after which the order is said again as on any new connection.
+            Some(DataEvent::Ack(_) | DataEvent::Switched(_) | DataEvent::Restarted) => {}
             None => return Err(Failure::new("ended", Blame::Local, "the migration has ended", "")),
         }
     }
+}
+
+/// The change that a restart of the destination's agent makes necessary.
+pub(crate) fn restarted(leg: &Leg) -> Change {
+    let reason = "the destination's agent was restarted".to_owned();
+    Change { to: leg.path, cause: Cause::Restarted, reason }
 }
 
 /// The peer claims to have applied what it was never sent.

@@ -26,7 +26,7 @@ use tokio::time::sleep;
 use tracing::{Instrument, debug, info};
 
 use super::Outgoing;
-use super::carry::{Carried, Peer};
+use super::carry::{Carried, Peer, restarted};
 use super::helm::Helm;
 use super::reel::Reel;
 use crate::control::{DataEvent, RETRY};
@@ -87,6 +87,10 @@ pub(crate) async fn send(
             said = peer.recv() => match said {
                 Some(DataEvent::Ack(ack)) if ack.leg == leg.number => stage.acked(ack, reel)?,
                 Some(DataEvent::Veto(reason)) => helm.veto(&reason),
+                Some(DataEvent::Restarted) => {
+                    stage.cut();
+                    return Ok((Carried::Turn(restarted(leg)), stage));
+                }
                 Some(DataEvent::Ack(_) | DataEvent::Up | DataEvent::Switched(_)) => {}
                 None => return Err(ended()),
             },
@@ -302,7 +306,7 @@ impl Stage {
     }
 
     /// The digest of what this leg carried before `offset`, from which the next one goes on.
-    pub(crate) fn carried_until(&mut self, reel: &mut Reel, offset: u64) -> Result<[u8; 32], Failure> {
+    pub(crate) fn carried_until(&mut self, offset: u64) -> Result<[u8; 32], Failure> {
         while self.kept.front().is_some_and(|chunk| chunk.header().end().0 <= offset) {
             // An end chunk ends where the last one did: it counts only if the peer had applied it, and then nothing turns.
             let Some(chunk) = self.kept.pop_front().filter(|c| c.header().stream_len > 0) else { break };
@@ -312,7 +316,6 @@ impl Stage {
             let text = format!("the peer says it stopped at byte {offset}, within a chunk");
             return Err(Failure::new("forged_ack", Blame::PeerMisbehaving, text, ""));
         }
-        reel.trim(offset, |_| {}).map_err(super::carry::beyond_end)?;
         Ok(self.carried)
     }
 

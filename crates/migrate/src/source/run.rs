@@ -342,6 +342,17 @@ impl Run {
                     self.outgoing.receipt.send_replace(Some(receipt));
                 }
             }
+            // The data path has ended, so all was applied; only the receipt is missing, and will not come.
+            Event::Message(Body::Restarted(_)) => {
+                let text = "the destination's agent was restarted between the last byte and its receipt";
+                let failure = Failure::new(
+                    "agent_restarted",
+                    Blame::PeerIncompatible,
+                    text,
+                    AbortReason::AgentRestarted.advice(),
+                );
+                self.fail(AbortReason::AgentRestarted, failure).await;
+            }
             Event::Message(body) => {
                 self.violation(format!("the peer sent {} out of place", body.kind())).await;
             }
@@ -364,7 +375,7 @@ impl Run {
         self.count();
         self.counted = leg.path;
         let (path, cause) = (leg.path, change.cause);
-        self.report.turned(&leg, cause.code(), &change.reason);
+        self.report.turned(&leg, cause, &change.reason);
         self.shared.metrics.switched(path, cause);
         if let Some(in_flight) = &mut self.in_flight {
             in_flight.path(path);

@@ -49,6 +49,7 @@ impl Node {
             policy,
             limits: Limits { inflight: 16 << 20, workers: 2, migrations: 8, memory: None },
             gate: gate_rx,
+            attach: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         };
         Node { engine: Engine::start(config).await.unwrap(), gate, dir }

@@ -99,6 +99,9 @@ impl Model {
             events.extend([Event::Answer(side), Event::Orphan(side), Event::Whole(side)]);
             events.extend([true, false].map(|told| Event::Die { side, told }));
             events.extend([Event::Retry(side), Event::Restart { side, sees: true }]);
+            if side == D {
+                events.push(Event::GoOn);
+            }
             if self.setup.mute_vmm {
                 events.push(Event::Restart { side, sees: false });
             }
@@ -153,7 +156,7 @@ impl Model {
                 limbo && node(side).limbo.is_none() || orphans && node(side).commands.is_empty()
             }
             Event::Restart { side: S, .. } => world.source.is_some(),
-            Event::Restart { side: D, .. } => world.destination.is_some(),
+            Event::Restart { side: D, .. } | Event::GoOn => world.destination.is_some(),
             Event::Complete => node(S).vmm != Vmm::Migrating,
             Event::Load => world.loaded,
             Event::Whole(_) => !world.loaded,
@@ -247,6 +250,18 @@ impl Model {
                     return Ok(false);
                 }
                 self.restart(world, side, sees)?;
+            }
+            Event::GoOn => {
+                let node = &world.nodes[D as usize];
+                if world.destination.is_some() || !matches!(node.vmm, Vmm::Incoming { .. }) {
+                    return Ok(false);
+                }
+                let entries: Vec<Entry> = node.disk.iter().map(|number| self.entry(*number)).collect();
+                world.destination = Destination::go_on(&entries);
+                if world.destination.is_none() {
+                    return Ok(false);
+                }
+                self.drain(world, D)?;
             }
             Event::Die { side, told } => {
                 let agent = up(world, side);

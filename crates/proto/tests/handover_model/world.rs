@@ -186,6 +186,8 @@ pub(crate) enum Event {
         side: Side,
         sees: bool,
     },
+    /// The destination's agent comes back, and the connection to its VMM has outlived it.
+    GoOn,
     /// The VMM dies; the agent still reads the answers before, or not.
     Die {
         side: Side,

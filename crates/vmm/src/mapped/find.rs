@@ -50,6 +50,11 @@ pub enum Unmapped {
         /// How many.
         found: usize,
     },
+    /// The connection to the VMM shall outlive the agent: then all must go through it, since it alone says how far it came.
+    #[error(
+        "the connection to the VMM is kept for the agent's next life ([vmm] attach), and takes all pages"
+    )]
+    Kept,
     /// Huge pages.
     #[error("memory backend {id} is made of huge pages, which cannot be written from outside")]
     HugePages {

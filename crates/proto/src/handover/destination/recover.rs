@@ -47,6 +47,18 @@ impl Destination {
         Ok(destination)
     }
 
+    /// Goes on with receiving after a restart, where the connection to the VMM has outlived this agent and the VMM still waits: as after
+    /// `accepted`, `stop` first. `None` where more was decided, or less: then [`Destination::recover`].
+    ///
+    /// Nothing was signed yet, so the source cannot tell this life from the one before but by what it asks for.
+    pub fn go_on(entries: &[Entry]) -> Option<Self> {
+        let [Entry::Accepted(accepted)] = entries else { return None };
+        let mut destination = Self::fresh(accepted);
+        destination.phase = DestinationPhase::Arming;
+        destination.command(VmmCommand::StopWhileIncoming);
+        Some(destination)
+    }
+
     fn resume_life(&mut self, vmm: Option<VmmState>, done: bool) {
         match self.phase {
             DestinationPhase::InDoubt => match vmm {
