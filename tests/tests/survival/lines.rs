@@ -117,9 +117,10 @@ fn beside_plain_qemu(test: &str, row: &str, fault: Fault) -> Result<()> {
     match through_nothing(&kit, wan, fault) {
         Ok(seen) => fault_report(row, "plain QEMU", "moved, guest right", seen),
         Err(error) => {
-            let text = format!("{error:#}");
-            let why = text.lines().next().unwrap_or_default();
-            fault_report(row, "plain QEMU", &format!("failed: {why}"), Seen::default())
+            // QEMU's failures are not ours, but how it failed is worth knowing.
+            eprintln!("plain QEMU: {error:#}");
+            let why = format!("{:#}", error.root_cause());
+            fault_report(row, "plain QEMU", &format!("failed: {}", why.trim()), Seen::default())
         }
     }
 }
