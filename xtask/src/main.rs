@@ -6,6 +6,7 @@ mod compare;
 mod cpio;
 mod deb;
 mod demo;
+mod drill;
 mod faults;
 mod fuzz;
 mod run;
@@ -43,6 +44,9 @@ enum Chore {
     Faults(faults::Arguments),
     /// Migrate and kill many times, and say what bound on the failure rate that shows; writes docs/soak.md
     Soak(soak::Arguments),
+    /// Hold a drill with a fleet of simulated nodes; takes minutes
+    #[command(subcommand)]
+    Drill(drill::Drill),
     /// Measure this product beside what else there is; takes minutes
     Compare(compare::Arguments),
     /// Build the Debian package into target/debian
@@ -59,6 +63,7 @@ fn main() -> ExitCode {
         Chore::Fuzz { seconds } => fuzz::fuzz(seconds),
         Chore::Faults(arguments) => faults::faults(&arguments),
         Chore::Soak(arguments) => soak::soak(&arguments),
+        Chore::Drill(drill) => drill::drill(&drill),
         Chore::Compare(arguments) => compare::compare(&arguments),
         Chore::Deb => deb::deb().map(|package| println!("{}", package.display())),
         Chore::Setup => setup::setup().map(drop),

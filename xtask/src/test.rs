@@ -64,6 +64,8 @@ pub(crate) fn build_programs() -> Result<()> {
         "--package",
         "dwcpctl",
         "--package",
+        "dwcp-control",
+        "--package",
         "dwcp-sim",
         "--package",
         "dwcp-wan",
