@@ -1,7 +1,8 @@
 //! `cargo xtask soak`: migrations and kills as often as asked, and what bound on the failure rate they show.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use dwcp_tests::target_dir;
@@ -32,10 +33,16 @@ pub(crate) struct Arguments {
     /// The same with QEMU and the self-checking guest, there and back
     #[arg(long, default_value_t = 100)]
     qemu_migrations: u64,
+    /// Run nothing, and make the table of what earlier runs wrote down (DWCP_REPORT)
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
 }
 
 /// Runs them, prints the table and writes it to `docs/soak.md`.
 pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
+    if let Some(report) = &arguments.from {
+        return publish(report);
+    }
     setup_or_skip()?;
     build_programs()?;
     build_faulty()?;
@@ -50,7 +57,6 @@ pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
     let names: Vec<&str> = counts.iter().filter(|(_, n, _)| *n > 0).map(|(.., test)| *test).collect();
     let variables: Vec<(String, String)> =
         counts.iter().map(|(name, n, _)| (format!("DWCP_SOAK_{name}"), n.to_string())).collect();
-    let started = Instant::now();
     // Exactly: the name of one is the beginning of another's.
     let paths = names.iter().map(|name| match name.ends_with("random") {
         true => format!("kills::{name}"),
@@ -60,23 +66,27 @@ pub(crate) fn soak(arguments: &Arguments) -> Result<()> {
         ["--include-ignored".to_owned(), "--exact".to_owned()].into_iter().chain(paths).collect();
     let how: Vec<&str> = how.iter().map(String::as_str).collect();
     let results = run_tests(&names, &how, &variables, LIMIT, &report)?;
-    let text = table(&read_report(&report), started.elapsed());
-    print!("{text}");
-    fs::create_dir_all(root().join("docs"))?;
-    fs::write(root().join("docs/soak.md"), text)?;
+    publish(&report)?;
     match results.values().filter(|ok| !**ok).count() {
         0 => Ok(()),
         failed => bail!("{failed} of {} failed", results.len()),
     }
 }
 
-fn table(report: &[Value], took: Duration) -> String {
+/// Prints the table of a report and writes it down.
+fn publish(report: &Path) -> Result<()> {
+    let text = table(&read_report(report));
+    print!("{text}");
+    fs::create_dir_all(root().join("docs"))?;
+    Ok(fs::write(root().join("docs/soak.md"), text)?)
+}
+
+fn table(report: &[Value]) -> String {
     let mut text = format!(
-        "# Soak\n\nMade by `cargo xtask soak` in {} min. The bound is the failure rate that so few failures in so many \
+        "# Soak\n\nMade by `cargo xtask soak`. The bound is the failure rate that so few failures in so many \
          tries rule out with {:.0} % confidence (exact binomial, one-sided; without a failure about 3/n). Each try has \
          real agents as processes; a failure is any end other than one whole running guest, where the guest's own VMM \
          was not what was killed.\n\n| what | n | failures | rate below |\n|---|---|---|---|\n",
-        took.as_secs() / 60,
         CONFIDENCE * 100.0
     );
     for line in report {
