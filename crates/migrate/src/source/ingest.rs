@@ -33,7 +33,7 @@ const PAUSE: Duration = Duration::from_millis(2);
 
 /// Reads `stream` to its end. Back-pressure is by `segments` being full: then nothing more is read, and the VMM waits.
 pub(crate) async fn ingest(
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     mode: Mode,
     segments: mpsc::Sender<Segment>,
     report: Arc<Report>,

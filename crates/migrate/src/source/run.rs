@@ -9,6 +9,7 @@ use dwcp_proto::message::Body;
 use dwcp_proto::{MigrationId, Path};
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
 use dwcp_vmm::socket;
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
@@ -63,6 +64,8 @@ pub(super) struct Run {
     outcome: Option<Outcome>,
     /// Counts as running until it has ended.
     pub(super) in_flight: Option<InFlight>,
+    /// The VMM's end of the data path. Held here too: a data path that failed says why before the VMM notices that its stream is gone.
+    stream: Option<Arc<UnixStream>>,
     /// The data path's task.
     transport: JoinSet<Result<Transfer, Failure>>,
     /// What the peer says to the data path, until that is started.
@@ -120,6 +123,7 @@ impl Run {
             failure: None,
             outcome: None,
             in_flight: None,
+            stream: None,
             transport: JoinSet::new(),
             data: None,
             fixed: None,
@@ -292,7 +296,8 @@ impl Run {
             ..Parameters::default()
         };
         qemu.set_parameters(&parameters).await.map_err(qmp_failure)?;
-        let stream = socket::open_outgoing(&qemu).await.map_err(open_failure)?;
+        let stream = Arc::new(socket::open_outgoing(&qemu).await.map_err(open_failure)?);
+        self.stream = Some(stream.clone());
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
         let Some(data) = self.data.take() else { return Ok(()) };
         let Some(switches) = self.switches.take() else { return Ok(()) };
@@ -448,6 +453,8 @@ impl Run {
         if leg.path == Path::V3 {
             self.shared.metrics.v3_error(leg.mode, failure.blame);
         }
+        self.failure.get_or_insert_with(|| failure.clone());
+        self.stream = None;
         self.fail(reason, failure).await;
     }
 
@@ -513,6 +520,7 @@ impl Run {
 
     async fn finish(&mut self) {
         self.transport.abort_all();
+        self.stream = None;
         self.monitor.abort_all();
         self.count();
         let alarms = self.pilot.alarms.join(", ");
