@@ -1,5 +1,6 @@
 //! Internet mode between real QEMUs: pages refer to what the destination holds, in the guest's RAM or in a cache.
 
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -85,4 +86,80 @@ fn mapped_ram_is_equal_after_v1_and_v3_again() -> Result<()> {
     scene.to.watch().run("cont", json!({}))?;
     scene.to.guest_ok_for(Duration::from_secs(1))?;
     Ok(())
+}
+
+/// Somebody else writes to the destination's RAM meanwhile: what refers to such a page is found out, and goes on without.
+#[test]
+fn a_page_altered_behind_the_agents_back_is_not_copied() -> Result<()> {
+    let test = "a_page_altered_behind_the_agents_back_is_not_copied";
+    let Some(kit) = Scene::kit_or_skip(test) else { return Ok(()) };
+    let scene = scene(&kit, QemuVersion::V10_0, Backing::Memfd)?;
+    scene.from.watch().run("stop", json!({}))?;
+    scene.incoming()?.success()?;
+    let carried = AtomicU64::new(0);
+    let (altered, result) = std::thread::scope(|scope| -> Result<_> {
+        let altering = scope.spawn(|| -> Result<Altered> {
+            until("the first pages", Duration::from_secs(120), || {
+                Ok((carried.load(Ordering::Relaxed) >= 16 * MIB).then_some(()))
+            })?;
+            Altered::all_pages_of(scene.to.pid())
+        });
+        let result = scene.migrate_watched(&SLOW, |line| {
+            let value: Value = serde_json::from_str(line).unwrap_or_default();
+            carried.fetch_max(value["raw_bytes"].as_u64().unwrap_or_default(), Ordering::Relaxed);
+        });
+        let altered = altering.join().map_err(|_| anyhow::anyhow!("the altering thread failed"))??;
+        Ok((altered, result?.success()?.json()?))
+    })
+    .with_context(|| scene.logs())?;
+    ensure!(altered.pages.len() > 100, "{} pages altered", altered.pages.len());
+    let reasons = result["fallback_reasons"].to_string();
+    ensure!(reasons.contains("was not what was sent"), "{result}");
+    let metrics = scene.b.http_get("/metrics")?;
+    let attempts = metrics.lines().find(|line| line.contains("attempts_total{kind=\"delta_base\"}"));
+    ensure!(attempts.is_some_and(|line| !line.ends_with(" 0")), "{attempts:?}");
+    // Nothing that was put together from an altered page is there: with these put right all is right.
+    altered.put_right()?;
+    ensure!(ram::compare(&scene.from, &scene.to, scene.ram_bytes())?.is_none(), "{result}");
+    Ok(())
+}
+
+/// The RAM of a QEMU whose pages have another byte each.
+struct Altered {
+    file: std::fs::File,
+    /// Where, and what was there before.
+    pages: Vec<(u64, u8)>,
+}
+
+impl Altered {
+    fn all_pages_of(pid: u32) -> Result<Self> {
+        let memfd = |path: &std::path::PathBuf| {
+            std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:memory-backend"))
+        };
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?;
+        let path = open.flatten().map(|entry| entry.path()).find(memfd).context("the memfd")?;
+        let file = std::fs::File::options().read(true).write(true).open(path)?;
+        let mut pages = Vec::new();
+        let mut page = [0; 4096];
+        for at in (0..file.metadata()?.len()).step_by(page.len()) {
+            file.read_exact_at(&mut page, at)?;
+            // A page that is there will not come again, since the guest is paused.
+            if page != [0; 4096] {
+                pages.push((at + 2000, page[2000]));
+                file.write_all_at(&[page[2000] ^ 1], at + 2000)?;
+            }
+        }
+        Ok(Altered { file, pages })
+    }
+
+    fn put_right(&self) -> Result<()> {
+        for &(at, before) in &self.pages {
+            let mut now = [0];
+            self.file.read_exact_at(&mut now, at)?;
+            if now[0] == before ^ 1 {
+                self.file.write_all_at(&[before], at)?;
+            }
+        }
+        Ok(())
+    }
 }

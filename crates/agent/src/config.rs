@@ -54,6 +54,8 @@ pub(crate) struct Config {
     #[serde(default)]
     pub(crate) limits: Limits,
     #[serde(default)]
+    pub(crate) hde: Hde,
+    #[serde(default)]
     pub(crate) vmm: Vmm,
     #[serde(default)]
     pub(crate) labels: Labels,
@@ -305,6 +307,26 @@ impl Limits {
     /// Codec threads.
     pub(crate) fn workers(&self) -> usize {
         self.workers.map_or_else(|| self.cpus(), |n| n.0)
+    }
+}
+
+/// How internet mode saves bytes beside compression.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Hde {
+    /// A page that is sent again and did not change is only named.
+    pub(crate) unchanged: bool,
+    /// A page with another page's content is a reference to it.
+    pub(crate) dedup: bool,
+    /// A page that is sent again is the lines that changed.
+    pub(crate) delta: bool,
+    /// As a destination: pages are written straight into the guest's RAM where that is shared.
+    pub(crate) mapped: bool,
+}
+
+impl Default for Hde {
+    fn default() -> Self {
+        Hde { unchanged: true, dedup: true, delta: true, mapped: true }
     }
 }
 

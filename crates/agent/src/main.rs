@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use dwcp_migrate::{Blame, Engine, EngineConfig, Failure, Limits, Policy};
+use dwcp_migrate::{Blame, Engine, EngineConfig, Failure, Hde, Limits, Policy};
 use tracing::{info, warn};
 
 use crate::config::{Attach, Config, ConfigError, Encryption};
@@ -124,6 +124,7 @@ async fn life(config: Config) -> Result<(), Failure> {
         state_dir: state.path().to_owned(),
         policy: policy(&config),
         limits: limits(&config),
+        hde: hde(&config),
         gate: flag.gate(),
         attach: config.vmm.attach == Attach::Ptrace,
         listen: config.listen.data,
@@ -198,6 +199,11 @@ fn limits(config: &Config) -> Limits {
         migrations: config.limits.migrations.0,
         memory: config.limits.agent_memory.map(|memory| memory.0),
     }
+}
+
+fn hde(config: &Config) -> Hde {
+    let config::Hde { unchanged, dedup, delta, mapped } = config.hde;
+    Hde { unchanged, dedup, delta, mapped }
 }
 
 /// Checks what can be checked without starting: the file, and the key and peers where they exist already.

@@ -35,6 +35,11 @@ impl Layers {
     pub const ALL: Layers = Layers { zero: true, unchanged: true, dedup: true, delta: true };
     /// What needs no knowledge of the receiver.
     pub const ZERO: Layers = Layers { zero: true, unchanged: false, dedup: false, delta: false };
+
+    /// Whether any of them refers to what the receiver holds.
+    pub fn refer(self) -> bool {
+        self.unchanged || self.dedup || self.delta
+    }
 }
 
 /// What the receiver holds and serves as reference.
@@ -114,7 +119,8 @@ impl Memory {
     /// Notes that a page is sent, and says how.
     pub(crate) fn page(&mut self, block: RamBlockId, index: PageIndex, page: &[u8; PAGE_SIZE]) -> Verdict {
         let owner = Owner::new(block, index);
-        let Some((area, place)) = self.place(block, index) else { return Verdict::Whole };
+        let place = self.place(block, index).filter(|_| self.layers.refer());
+        let Some((area, place)) = place else { return Verdict::Whole };
         let prints = self.key.prints(page);
         let hash = if self.layers.dedup { self.key.page(&prints) } else { 0 };
         let verdict = self.judge(area, place, owner, &prints, hash);

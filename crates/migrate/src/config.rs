@@ -110,6 +110,26 @@ pub struct Limits {
     pub memory: Option<u64>,
 }
 
+/// How internet mode saves bytes beside compression: which layers this node uses as a source, and what it offers as a destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hde {
+    /// A page that is sent again and did not change is only named.
+    pub unchanged: bool,
+    /// A page with another page's content is a reference to it.
+    pub dedup: bool,
+    /// A page that is sent again is the lines that changed.
+    pub delta: bool,
+    /// As a destination: pages are written straight into the guest's RAM where that is shared.
+    pub mapped: bool,
+}
+
+impl Default for Hde {
+    /// All of it.
+    fn default() -> Self {
+        Hde { unchanged: true, dedup: true, delta: true, mapped: true }
+    }
+}
+
 /// What the engine is built from.
 #[derive(Debug)]
 pub struct EngineConfig {
@@ -123,6 +143,8 @@ pub struct EngineConfig {
     pub policy: Policy,
     /// Local bounds.
     pub limits: Limits,
+    /// What internet mode does.
+    pub hde: Hde,
     /// The flag's verdict, kept up to date.
     pub gate: watch::Receiver<Gate>,
     /// Whether this agent may attach to the VMMs' processes: then precopy outlives the destination's agent.

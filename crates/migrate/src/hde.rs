@@ -1,12 +1,13 @@
 //! What a migration may spend on referring to pages that the destination holds, and what it says of it.
 
-use dwcp_hde::{CacheSize, Stats};
+use dwcp_hde::{CacheSize, Layers, Stats};
 use dwcp_proto::limits::{MAX_BLOCK_NAME, PAGE_SIZE};
 use dwcp_proto::message::Offer;
 use dwcp_proto::negotiate::MAX_MAPPED;
 use dwcp_vmm::describe::VmDescription;
-use dwcp_vmm::mapped::{Ram, Unmapped};
+use dwcp_vmm::mapped::Ram;
 
+use crate::config::Hde;
 use crate::counters::Counters;
 use crate::report::anon_bytes;
 
@@ -34,7 +35,7 @@ pub(crate) fn ram_bytes(description: &VmDescription) -> u64 {
 /// Completes a destination's offer by what it can hold.
 pub(crate) fn offer(
     offer: Offer,
-    ram: &Result<Ram, Unmapped>,
+    ram: &Result<Ram, String>,
     description: &VmDescription,
     limit: Option<u64>,
 ) -> Offer {
@@ -45,15 +46,12 @@ pub(crate) fn offer(
             let named = ram.blocks().filter(|name| name.len() <= MAX_BLOCK_NAME).take(MAX_MAPPED);
             Offer { mapped: named.map(<[u8]>::to_vec).collect(), ..offer }
         }
-        Err(why) => {
-            let words: String = chain(why).chars().filter(|c| !c.is_control()).take(MAX_REASON).collect();
-            Offer { unmapped: words, ..offer }
-        }
+        Err(why) => Offer { unmapped: why.clone(), ..offer },
     }
 }
 
-/// An error with its sources, as one line.
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error with its sources, as one line that an offer can carry.
+pub(crate) fn words(error: &dyn std::error::Error) -> String {
     let mut words = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -61,7 +59,12 @@ fn chain(error: &dyn std::error::Error) -> String {
         words.push_str(&error.to_string());
         source = error.source();
     }
-    words
+    words.chars().filter(|c| !c.is_control()).take(MAX_REASON).collect()
+}
+
+/// The layers that a source uses.
+pub(crate) fn layers(Hde { unchanged, dedup, delta, .. }: Hde) -> Layers {
+    Layers { zero: true, unchanged, dedup, delta }
 }
 
 impl Counters {

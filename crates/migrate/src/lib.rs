@@ -40,7 +40,9 @@ pub mod spec;
 pub mod status;
 mod wire;
 
-pub use config::{CheckReport, EngineConfig, FlagReason, Gate, Limits, Policy, Running, V1Policy, Verdict};
+pub use config::{
+    CheckReport, EngineConfig, FlagReason, Gate, Hde, Limits, Policy, Running, V1Policy, Verdict,
+};
 pub use engine::Engine;
 pub use error::{Blame, Failure};
 pub use metrics::Metrics;

@@ -139,9 +139,10 @@ impl Shared {
                 return Err(failure);
             }
             let description = qemu.describe().await.map_err(qmp_failure)?;
-            let ram = match self.config.attach {
-                true => Err(Unmapped::Kept),
-                false => Ram::open(&qemu).await,
+            let ram = match (self.config.attach, self.config.hde.mapped) {
+                (true, _) => Err(hde::words(&Unmapped::Kept)),
+                (false, false) => Err("switched off here by [hde] mapped".to_owned()),
+                (false, true) => Ram::open(&qemu).await.map_err(|why| hde::words(&why)),
             };
             let offer =
                 hde::offer(self.offer_as_destination(), &ram, &description, self.config.limits.memory);

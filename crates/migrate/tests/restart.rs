@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::{Explanation, Phase, Role, Status};
-use dwcp_migrate::{Engine, EngineConfig, FlagReason, Gate, Limits, Policy};
+use dwcp_migrate::{Engine, EngineConfig, FlagReason, Gate, Hde, Limits, Policy};
 use dwcp_proto::handover::Resolution;
 use dwcp_proto::{MigrationId, NodeKey, NodeName, VmName};
 use dwcp_vmm::sim::{Fault, GuestSpec, SimVmm};
@@ -56,6 +56,7 @@ impl Agent {
             state_dir: self.state.clone(),
             policy: Policy::default(),
             limits: Limits { inflight: 16 << 20, workers: 1, migrations: 4, memory: None },
+            hde: Hde::default(),
             gate: self.gate.subscribe(),
             attach: false,
             listen: self.listen,

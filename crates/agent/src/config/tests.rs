@@ -44,6 +44,12 @@ datacenter = "dc-1"
 [log]
 format = "json"
 level = "info,dwcp_link=debug"
+
+[hde]
+unchanged = true
+dedup = true
+delta = false
+mapped = true
 "#;
 
 fn parse(text: &str) -> Result<Config, String> {
@@ -65,6 +71,7 @@ fn every_key_is_read() {
     assert_eq!(config.policy.v1, V1Policy::Datacenter);
     assert_eq!(config.policy.datacenter_encryption, Encryption::None);
     assert_eq!(config.limits.memory, Memory(64 << 20));
+    assert_eq!(config.hde, Hde { delta: false, ..Hde::default() });
     assert_eq!(config.limits.bandwidth, NonZeroU64::new(25_000_000).map(Rate));
     assert_eq!((config.limits.cpus(), config.limits.workers()), (4, 3));
     assert_eq!(config.vmm.paths.len(), 2);
@@ -91,7 +98,7 @@ fn an_error_names_file_line_column_and_what_was_expected() {
     assert_eq!(
         error("state_dir", "stat_dir"),
         "/etc/dwcp/dwcpd.toml:3:1: unknown key `stat_dir`, expected one of `node`, `state_dir`, `listen`, `identity`, \
-         `flags`, `policy`, `limits`, `vmm`, `labels`, `log`\n  \
+         `flags`, `policy`, `limits`, `hde`, `vmm`, `labels`, `log`\n  \
          |\n\
          3 | stat_dir = \"/var/lib/dwcp\"\n  \
          | ^^^^^^^^"

@@ -10,7 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use dwcp_hde::{CacheSize, Choice as Compression, EncodeError, Holding, Layers, Memory, Stats};
+use dwcp_hde::{CacheSize, Choice as Compression, EncodeError, Holding, Memory, Stats};
 use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Purpose};
@@ -133,12 +133,12 @@ fn memory(out: &Outgoing, leg: &Leg) -> Result<Option<Memory>, Failure> {
         let mapped = &out.session.offers.destination.mapped;
         Holding::Blocks(mapped.iter().map(|name| name.as_slice().into()).collect())
     } else {
-        match CacheSize::new(leg.choice.cache_pages) {
+        match CacheSize::new(leg.choice.cache_pages).filter(|_| out.layers.refer()) {
             Some(size) => Holding::Cache(size),
             None => return Ok(None),
         }
     };
-    Ok(Some(Memory::new(Layers::ALL, holding, &nonce()?, out.remember)))
+    Ok(Some(Memory::new(out.layers, holding, &nonce()?, out.remember)))
 }
 
 /// The memory on its way from segment to segment, in the order in which they are sent.

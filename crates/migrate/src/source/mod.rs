@@ -17,6 +17,7 @@ mod run;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use dwcp_hde::Layers;
 use dwcp_link::DialOptions;
 use dwcp_proto::handover::{AbortReason, Afterwards, Source, Transfer};
 use dwcp_proto::journal::{Job, Prepared};
@@ -66,6 +67,8 @@ pub(crate) struct Outgoing {
     bucket: Arc<Mutex<Bucket>>,
     /// Bytes that the memory of what the destination holds may take.
     remember: usize,
+    /// The layers of HDE beside compression.
+    layers: Layers,
     /// What the caller wished for, for the legs after the first.
     wish: Wish,
     /// The leg that the data is on.
@@ -192,6 +195,7 @@ async fn attempt(
         budget: downtime.in_flight,
         bucket: Arc::new(Mutex::new(Bucket::new(spec.bandwidth_limit))),
         remember: crate::hde::allowance(ram, shared.config.limits.memory),
+        layers: crate::hde::layers(shared.config.hde),
         wish,
     };
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
@@ -251,6 +255,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         budget: Duration::ZERO,
         bucket: Arc::new(Mutex::new(Bucket::new(None))),
         remember: 0,
+        layers: Layers::ZERO,
         wish: Wish::default(),
     };
     let mut run = Run::new(&shared, &id, &report, pilot, guest, control, outgoing);

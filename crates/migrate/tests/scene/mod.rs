@@ -11,7 +11,7 @@ use std::time::Duration;
 use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::Status;
-use dwcp_migrate::{Engine, EngineConfig, Failure, FlagReason, Gate, Limits, Policy};
+use dwcp_migrate::{Engine, EngineConfig, Failure, FlagReason, Gate, Hde, Limits, Policy};
 use dwcp_proto::{MigrationId, NodeKey, NodeName, Path, VmName};
 use dwcp_vmm::sim::{GuestSpec, SimVmm};
 use prometheus_client::encoding::text::encode;
@@ -48,6 +48,7 @@ impl Node {
             state_dir: dir.path().join("state"),
             policy,
             limits: Limits { inflight: 16 << 20, workers: 2, migrations: 8, memory: None },
+            hde: Hde::default(),
             gate: gate_rx,
             attach: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
