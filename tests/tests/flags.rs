@@ -5,11 +5,13 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use dwcp_tests::{Agent, AgentConfig, until};
+use dwcp_tests::{Agent, AgentConfig, target_dir, until};
 use serde_json::Value;
 
 /// Longer than any of it takes, on a busy machine too.
@@ -59,6 +61,37 @@ fn a_flag_server_is_followed_and_its_silence_costs_the_lease() -> Result<()> {
     eprintln!("off was obeyed after {:.2} s", start.elapsed().as_secs_f64());
     ensure!(flags_of(&agent, "veto_code")? == "flag_disabled");
     until_metric(&agent, "dwcp_node_path{path=\"v1\"} 1")
+}
+
+/// The real control plane, with a key of its own: it hears from the node what it has applied.
+#[test]
+fn the_control_plane_knows_who_has_applied_what() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let control = Control::start(dir.path())?;
+    let mut agent = Agent::prepare(dir.path(), "hv-01", AgentConfig::default())?;
+    agent.config_mut().flags = format!("http://{}", control.address);
+    agent.config_mut().extra = "[labels]\ndatacenter = \"dc-1\"\n".to_owned();
+    agent.start()?;
+    until_flags(&agent, "the first answer", |flags| flags["reason_code"] == "flag_disabled")?;
+
+    let public = std::fs::read_to_string(agent.dir().join("hv-01.pub"))?;
+    let public = public.split_whitespace().last().context("a key")?;
+    control.post(
+        "/v1/nodes",
+        &format!(r#"{{"nodes":[{{"name":"hv-01","public_key":"{public}","labels":{{}}}}]}}"#),
+    )?;
+    for (percentage, value, on_v3) in [(100, true, 1), (0, false, 0), (100, true, 1)] {
+        let flag = format!(r#"{{"feature":"dwcp_v3_hde","percentage":{percentage},"enabled":true}}"#);
+        control.post("/v1/feature-flags", &flag)?;
+        until_flags(&agent, "the new value", |flags| flags["value"] == value)?;
+        until("its acknowledgement", PATIENCE, || {
+            let flag = control.get("/v1/feature-flags/dwcp_v3_hde")?;
+            Ok((flag["acked"] == "1/1" && flag["nodes_on_v3"] == on_v3).then_some(()))
+        })?;
+    }
+    let excluded = r#"{"feature":"dwcp_v3_hde","nodes":["hv-01"]}"#;
+    control.post("/v1/feature-flags/exclude", excluded)?;
+    until_flags(&agent, "its exclusion", |flags| flags["reason_code"] == "flag_excluded")
 }
 
 #[test]
@@ -156,6 +189,73 @@ fn until_metric(agent: &Agent, line: &str) -> Result<()> {
         let value = metrics.lines().find_map(|found| found.strip_prefix(name)?.trim().parse::<f64>().ok());
         Ok(value.filter(|value| *value >= least).map(drop))
     })
+}
+
+/// The real `dwcp-control`; killed when dropped.
+struct Control {
+    child: Child,
+    address: String,
+    token: String,
+}
+
+impl Control {
+    fn start(dir: &Path) -> Result<Self> {
+        let program = target_dir()?.join("release/dwcp-control");
+        ensure!(
+            program.is_file(),
+            "dwcp-control is not built: run `cargo xtask test`, which builds all programs"
+        );
+        let (state, tokens) = (dir.join("control"), dir.join("tokens"));
+        let made = Command::new(&program)
+            .args(["token", "new", "--name", "test", "--roles", "admin", "--file"])
+            .arg(&tokens)
+            .output()?;
+        let token = String::from_utf8(made.stdout)?.lines().last().context("no token")?.to_owned();
+        let child = Command::new(&program)
+            .args(["serve", "--listen", "127.0.0.1:0", "--state"])
+            .arg(&state)
+            .arg("--admin-token-file")
+            .arg(&tokens)
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut control = Control { child, address: String::new(), token };
+        control.address = until("dwcp-control's address", PATIENCE, || {
+            let Ok(text) = std::fs::read_to_string(state.join("listen.json")) else { return Ok(None) };
+            let listen: Value = serde_json::from_str(&text)?;
+            Ok(listen["http"].as_str().map(str::to_owned))
+        })?;
+        Ok(control)
+    }
+
+    fn get(&self, path: &str) -> Result<Value> {
+        self.ask("GET", path, "")
+    }
+
+    fn post(&self, path: &str, body: &str) -> Result<Value> {
+        self.ask("POST", path, body)
+    }
+
+    fn ask(&self, method: &str, path: &str, body: &str) -> Result<Value> {
+        let mut stream = TcpStream::connect(&self.address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let (token, length) = (&self.token, body.len());
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: control\r\nAuthorization: Bearer {token}\r\nContent-Length: {length}\r\n\
+             Connection: close\r\n\r\n{body}"
+        )?;
+        let answer = std::io::read_to_string(stream)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
+        ensure!(head.starts_with("HTTP/1.1 2"), "{method} {path}: {answer}");
+        serde_json::from_str(body).with_context(|| answer.clone())
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// An HTTP server on a port of its own, which says one thing to everybody, or nothing. Its threads end with the test.

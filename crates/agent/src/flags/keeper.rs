@@ -11,7 +11,7 @@ use dwcp_flags::{
 use dwcp_migrate::{FlagReason, Gate, Running, Verdict};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tracing::info;
+use tracing::{info, warn};
 
 /// A clock for [`Moment`]s: tokio's, which tests can turn.
 #[derive(Debug, Clone, Copy)]
@@ -148,6 +148,9 @@ impl Keeper {
     /// Something went wrong with the source; what is in force stays so for as long as it may.
     pub(super) fn failed(&mut self, what: String) {
         let now = self.clock.now();
+        if self.wrong.as_ref() != Some(&what) {
+            warn!(%what, "the flag's source");
+        }
         self.view.send_modify(|view| view.error = Some((what.clone(), now)));
         self.wrong = Some(what);
         self.publish();
@@ -180,7 +183,9 @@ impl Keeper {
     }
 
     fn confirmed(&mut self, asked: Moment) {
-        self.wrong = None;
+        if self.wrong.take().is_some() {
+            info!("the flag's source confirms again");
+        }
         self.view.send_modify(|view| view.confirmed = view.confirmed.max(Some(asked)));
         self.publish();
     }

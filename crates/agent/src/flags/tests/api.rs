@@ -88,6 +88,19 @@ async fn a_hanging_server_costs_the_lease_three_seconds_after_the_last_good_poll
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_late_answer_is_worth_less() {
+    let server = Server::start();
+    server.serves(&document(100, 1, ""));
+    server.delays(Duration::from_millis(700));
+    let mut node = Setup::new().start(&[&server]).await;
+    assert_eq!(node.new_path(), Path::V3);
+    server.hangs();
+    // Asked 0.7 s ago: three seconds from then.
+    let changes = node.changes(Duration::from_secs(5)).await;
+    assert!(matches!(changes.as_slice(), [(at, Path::V1, _)] if (2.29..2.32).contains(at)), "{changes:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_that_restarts_between_two_polls_costs_nothing() {
     let server = Server::start();
     server.serves(&document(100, 1, ""));
@@ -236,18 +249,20 @@ async fn another_endpoint_of_the_cluster_takes_over_and_strangers_do_not() {
     pass(5.0).await;
     assert!(b.asked().is_empty() && stranger.asked().is_empty());
 
+    // In so long a time running ones may return to v3; that is all that changes.
+    let stays = |changes: Vec<(f64, Path, Running)>| changes.iter().all(|(_, new, _)| *new == Path::V3);
     for quiet in [true, false] {
         if quiet {
             a.hangs()
         } else {
             a.deaf(true)
         }
-        assert!(node.changes(Duration::from_secs(20)).await.is_empty(), "{quiet}");
+        assert!(stays(node.changes(Duration::from_secs(20)).await), "{quiet}");
         assert_eq!(node.view.borrow().endpoint.as_deref(), Some("http://s2"));
         a.deaf(false);
         a.serves(&document(100, 1, ""));
         b.deaf(true);
-        assert!(node.changes(Duration::from_secs(20)).await.is_empty(), "{quiet}");
+        assert!(stays(node.changes(Duration::from_secs(20)).await), "{quiet}");
         assert_eq!(node.view.borrow().endpoint.as_deref(), Some("http://s0"));
         b.deaf(false);
     }

@@ -41,6 +41,7 @@ struct Inner {
     asked: Mutex<Vec<(Instant, HeaderMap)>>,
     connections: Mutex<Vec<AbortHandle>>,
     deaf: Mutex<bool>,
+    delay: Mutex<Duration>,
 }
 
 impl Server {
@@ -53,6 +54,7 @@ impl Server {
             asked: Mutex::default(),
             connections: Mutex::default(),
             deaf: Mutex::new(false),
+            delay: Mutex::default(),
         }));
         let inner = Arc::clone(&server.0);
         tokio::spawn(async move {
@@ -86,6 +88,11 @@ impl Server {
 
     pub(super) fn hangs(&self) {
         self.does(|_| None);
+    }
+
+    /// Takes so long for each answer.
+    pub(super) fn delays(&self, delay: Duration) {
+        *self.0.delay.lock().unwrap() = delay;
     }
 
     /// Cuts all connections.
@@ -127,7 +134,9 @@ async fn serve(server: Arc<Inner>, stream: DuplexStream) {
     let service = service_fn(move |request: Request<Incoming>| {
         server.asked.lock().unwrap().push((Instant::now(), request.headers().clone()));
         let answer = (server.behaviour.lock().unwrap())(&request);
+        let delay = *server.delay.lock().unwrap();
         async move {
+            tokio::time::sleep(delay).await;
             match answer {
                 Some(answer) => Ok::<_, Infallible>(answer),
                 None => std::future::pending().await,
