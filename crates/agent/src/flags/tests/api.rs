@@ -231,7 +231,8 @@ async fn a_server_that_flaps_moves_nothing_to_and_fro() {
     assert!(changes.iter().all(|(_, _, running)| *running != Running::Return), "{changes:?}");
     assert!(changes.iter().any(|(_, _, running)| *running == Running::Leave));
     let turns: Vec<f64> = changes.chunk_by(|a, b| a.2 == b.2).map(|same| same[0].0).collect();
-    assert!(turns.windows(2).all(|pair| pair[1] - pair[0] > 0.75), "{changes:?}");
+    // The first may be the lease's end, which keeps no pace; from then on each turn is a poll's.
+    assert!(turns[1..].windows(2).all(|pair| pair[1] - pair[0] > 0.75), "{changes:?}");
     // One endpoint is never asked faster than its pace, whatever happens on the way.
     assert!(server.asked().len() < 420, "{}", server.asked().len());
     flapper.await.unwrap();
