@@ -42,6 +42,7 @@ pub(crate) fn incoming(
         vmm: vmm(request.vmm.as_ref(), &bounds.paths)?,
         from: parse("from", &request.from)?,
         on_abort: leave("on_abort", request.on_abort)?,
+        retry: 0,
     })
 }
 
@@ -84,6 +85,7 @@ pub(crate) fn migrate(spec: Option<&v1::MigrateSpec>, bounds: &Bounds) -> Result
         on_success: leave("on_success", spec.on_success)?,
         on_abort: leave("on_abort", spec.on_abort)?,
         deadline: (spec.deadline_ms > 0).then(|| Duration::from_millis(spec.deadline_ms)),
+        retry: 0,
         id: match spec.id.as_str() {
             "" => None,
             id => Some(parse("id", id)?),

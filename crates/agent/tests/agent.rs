@@ -374,6 +374,8 @@ peers = "{root}/peers"
             path: "v3".to_owned(),
             started_unix_ms: 1000,
             vmm: None,
+            attempt: 1,
+            again: None,
         };
         let entries = [
             Entry::Prepared(Prepared { job, guest_ran: true, on_success: Afterwards::Leave }.into()),

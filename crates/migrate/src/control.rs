@@ -33,6 +33,7 @@ const QUEUE: usize = 64;
 
 /// What happens on the control connection.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a few at a time, and none lives long")]
 pub(crate) enum Event {
     /// There is a connection.
     Up,

@@ -14,25 +14,23 @@ use std::time::{Duration, Instant};
 use dwcp_link::{DialOptions, Identity, ListenOptions, Listener};
 use dwcp_proto::handover::Resolution;
 use dwcp_proto::{MigrationId, Path, Side, VmName};
-use dwcp_vmm::preflight;
 use tokio::sync::{oneshot, watch};
 use tracing::{Instrument, info_span, warn};
 
 use crate::config::{CheckReport, EngineConfig};
 use crate::error::{Blame, Failure};
 use crate::explain::Tale;
-use crate::guest::{Guest, qmp_failure};
 use crate::handshake::{Dialler, nonce};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::reins::{Order, reins};
 use crate::report::Report;
-use crate::shared::{Entry, Shared, Waiting};
+use crate::shared::{Entry, Shared};
 use crate::source::SwitchOrder;
-use crate::spec::{IncomingSpec, MigrateSpec, Vmm};
+use crate::spec::{IncomingSpec, MigrateSpec};
 use crate::status::{Explanation, Phase, Role, Status, Story};
 use crate::wire::link_failure;
-use crate::{explain, inquiry, journal, reception, recovery, source};
+use crate::{explain, inquiry, journal, reception, recovery, retry, source};
 
 /// Every migration of this node. Cheap to clone.
 #[derive(Clone)]
@@ -84,39 +82,7 @@ impl Engine {
 
     /// Prepares to receive a VM: its VMM is looked at, and left untouched until its source has come.
     pub async fn prepare_incoming(&self, spec: IncomingSpec) -> Result<Status, Failure> {
-        let shared = &self.shared;
-        if !shared.config.peers.roster().knows(&spec.from) {
-            let text = format!("there is no key of node {} in the peers folder", spec.from);
-            let hint = format!("put {}.pub into [identity] peers and reload", spec.from);
-            return Err(Failure::new("unknown_peer", Blame::Operator, text, hint));
-        }
-        let path = match &spec.vmm {
-            Vmm::Qmp(path) => path.clone(),
-            Vmm::Relay(_) => {
-                let text = "--relay is not supported by this version";
-                return Err(Failure::new("unsupported", Blame::Operator, text, "drive QEMU through --qmp"));
-            }
-        };
-        shared.admits(|_| ())?;
-        shared.registry().refuse_awaited(&spec.vm)?;
-        let guest = Guest::connect(&path).await?;
-        let findings =
-            preflight::destination(&guest.reach().await.map_err(qmp_failure)?).await.map_err(qmp_failure)?;
-        if let Some(failure) = source::failures(findings).into_iter().next() {
-            return Err(failure);
-        }
-        let id = made_id("in", &spec.vm)?;
-        let report = Arc::new(Report::new(id.clone(), spec.vm.clone(), Role::Destination, spec.from.clone()));
-        let (held, reins) = reins();
-        let entry = Entry { report: report.clone(), held, task: None, asked: None };
-        let waiting = Waiting { id: id.clone(), spec: spec.clone(), guest, report: report.clone(), reins };
-        let mut registry = shared.registry();
-        registry.forget_ended();
-        // Somebody else may have been as fast.
-        registry.refuse_awaited(&spec.vm)?;
-        registry.migrations.insert(id, entry);
-        registry.waiting.insert(spec.vm, waiting);
-        Ok(report.status())
+        reception::prepare(&self.shared, spec).await
     }
 
     /// Starts to move a VM, and returns at once; watch the id for how it goes. Idempotent by `spec.id`.
@@ -129,7 +95,13 @@ impl Engine {
         let mut registry = self.shared.registry();
         registry.forget_ended();
         if let Some(entry) = registry.migrations.get(&id) {
-            if entry.asked.as_ref() == Some(&spec) {
+            let status = entry.report.status();
+            let same = match &entry.asked {
+                Some(asked) => *asked == spec,
+                // Of an earlier life of this agent, in which the id was taken for it.
+                None => (status.role, &status.vm, &status.peer) == (Role::Source, &spec.vm, &spec.to),
+            };
+            if same {
                 return Ok(id);
             }
             let text = format!("{id} is the id of another migration of this node");
@@ -150,7 +122,7 @@ impl Engine {
         let report = Arc::new(Report::new(id.clone(), spec.vm.clone(), Role::Source, spec.to.clone()));
         let (held, reins) = reins();
         let span = info_span!("migration", id = %id, vm = %spec.vm, role = "source");
-        let run = source::run(self.shared.clone(), id.clone(), spec.clone(), report.clone(), reins);
+        let run = retry::run(self.shared.clone(), id.clone(), spec.clone(), report.clone(), reins);
         let task = Some(tokio::spawn(run.instrument(span)));
         registry.migrations.insert(id.clone(), Entry { report, held, task, asked: Some(spec) });
         Ok(id)
@@ -344,7 +316,7 @@ impl std::fmt::Debug for Engine {
 }
 
 /// An id that nobody chose: what it is, the VM, and eight random digits.
-fn made_id(kind: &str, vm: &VmName) -> Result<MigrationId, Failure> {
+pub(crate) fn made_id(kind: &str, vm: &VmName) -> Result<MigrationId, Failure> {
     let random = u32::from_be_bytes(nonce()?[..4].try_into().unwrap_or_default());
     let vm: String = vm.as_str().chars().take(40).collect();
     MigrationId::new(format!("{kind}-{vm}-{random:08x}"))

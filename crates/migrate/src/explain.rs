@@ -19,6 +19,10 @@ pub(crate) struct Tale {
     pub(crate) peer_key: Option<[u8; 32]>,
     /// Where its agent listens, if that was said.
     pub(crate) peer_addr: Option<SocketAddr>,
+    /// The attempt that it is about, counted from 1.
+    pub(crate) attempt: u32,
+    /// It ended, with the guest at the source.
+    pub(crate) taken_back: bool,
 }
 
 /// Tells what the journals of this node say about `id`, one story for each side that it was; `status` is what is known besides.
@@ -87,6 +91,8 @@ fn tell(
     Tale {
         peer_key: job.map(|job| job.peer_key),
         peer_addr: job.and_then(|job| job.peer_addr),
+        attempt: job.map_or(1, |job| job.attempt),
+        taken_back: damage.is_none() && matches!(decisions.last(), Some(Entry::Done { moved: false })),
         explanation: Explanation {
             id: id.clone(),
             vm,
@@ -189,7 +195,8 @@ fn name(entry: &Entry) -> &'static str {
 
 fn begun(job: &Job) -> String {
     let session = job.session.to_string();
-    format!("session {}… over {}; VMM at {}", &session[..8], job.path, job.qmp)
+    let attempt = if job.attempt > 1 { format!("attempt {}, ", job.attempt) } else { String::new() };
+    format!("{attempt}session {}… over {}; VMM at {}", &session[..8], job.path, job.qmp)
 }
 
 fn moment(stamped: &Stamped) -> Moment {

@@ -34,6 +34,7 @@ mod reception;
 mod recovery;
 mod reins;
 mod report;
+mod retry;
 mod shared;
 mod source;
 pub mod spec;

@@ -357,6 +357,10 @@ impl Metrics {
 
     /// A migration ended with this status. The downtime counts at the source only: once for each migration.
     pub fn ended(&self, status: &Status) {
+        if !status.phase.is_end() {
+            // Another attempt follows.
+            return;
+        }
         let path = match status.path.as_deref() {
             Some("v1") => "v1",
             Some("v3") => "v3",

@@ -11,12 +11,17 @@ use tokio::sync::{Semaphore, mpsc};
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::destination::{self, Agreed};
+use crate::engine::made_id;
 use crate::error::{Blame, Failure};
-use crate::guest::qmp_failure;
+use crate::explain::Tale;
+use crate::guest::{Guest, qmp_failure};
 use crate::handshake::{Greeted, Joining, Newcomer, Session, receive};
+use crate::reins::reins;
+use crate::report::Report;
 use crate::shared::{Entry, Shared, Waiting};
-use crate::status::Phase;
-use crate::{hde, inquiry, journal, source};
+use crate::spec::{IncomingSpec, Vmm};
+use crate::status::{Phase, Role, Status};
+use crate::{explain, hde, inquiry, recovery, retry, source};
 
 /// Connections that have not yet said what they want, or wait for the answer; a plain one has proved nothing until then. Each has
 /// [`PATIENCE`](crate::wire::PATIENCE) for a message.
@@ -37,6 +42,42 @@ pub(crate) async fn accept(shared: Weak<Shared>, mut listener: Listener) {
             drop(place);
         });
     }
+}
+
+/// Prepares to receive a VM: its VMM is looked at, and left untouched until its source has come.
+pub(crate) async fn prepare(shared: &Shared, spec: IncomingSpec) -> Result<Status, Failure> {
+    if !shared.config.peers.roster().knows(&spec.from) {
+        let text = format!("there is no key of node {} in the peers folder", spec.from);
+        let hint = format!("put {}.pub into [identity] peers and reload", spec.from);
+        return Err(Failure::new("unknown_peer", Blame::Operator, text, hint));
+    }
+    let path = match &spec.vmm {
+        Vmm::Qmp(path) => path.clone(),
+        Vmm::Relay(_) => {
+            let text = "--relay is not supported by this version";
+            return Err(Failure::new("unsupported", Blame::Operator, text, "drive QEMU through --qmp"));
+        }
+    };
+    shared.admits(|_| ())?;
+    shared.registry().refuse_awaited(&spec.vm)?;
+    let guest = Guest::connect(&path).await?;
+    let findings =
+        preflight::destination(&guest.reach().await.map_err(qmp_failure)?).await.map_err(qmp_failure)?;
+    if let Some(failure) = source::failures(findings).into_iter().next() {
+        return Err(failure);
+    }
+    let id = made_id("in", &spec.vm)?;
+    let report = Arc::new(Report::new(id.clone(), spec.vm.clone(), Role::Destination, spec.from.clone()));
+    let (held, reins) = reins();
+    let entry = Entry { report: report.clone(), held, task: None, asked: None };
+    let waiting = Waiting { id: id.clone(), spec: spec.clone(), guest, report: report.clone(), reins };
+    let mut registry = shared.registry();
+    registry.forget_ended();
+    // Somebody else may have been as fast.
+    registry.refuse_awaited(&spec.vm)?;
+    registry.migrations.insert(id, entry);
+    registry.waiting.insert(spec.vm, waiting);
+    Ok(report.status())
 }
 
 impl Shared {
@@ -167,8 +208,8 @@ impl Shared {
                 return Err((waiting, Some(failure)));
             }
         };
-        let journaled = journal::is_used(&self.config.state_dir, &id, Side::Destination);
-        if journaled || self.registry().migrations.contains_key(&id) {
+        let attempt = greeted.hello.attempt.max(1);
+        if !self.is_free(&id, attempt) {
             let text = format!("the destination knows a migration {id} already");
             let failure = Failure::new("id_used", Blame::Operator, text, "choose another --id");
             greeted.refuse(&failure).await;
@@ -187,7 +228,9 @@ impl Shared {
             Err(failure) => return Err((waiting, Some(failure))),
         };
         let Waiting { id: old, spec, guest, report, reins } = waiting;
-        report.set(|s| s.id = id.clone());
+        self.give_way(&id);
+        report.set(|s| (s.id, s.attempt) = (id.clone(), attempt));
+        let again = (self.clone(), spec.clone(), report.clone());
         let span = info_span!("migration", id = %id, vm = %spec.vm, role = "destination");
         let agreed = Agreed {
             id: id.clone(),
@@ -201,10 +244,34 @@ impl Shared {
         };
         let mut registry = self.registry();
         let run = destination::run(self.clone(), agreed, report.clone(), reins);
-        let task = Some(tokio::spawn(run.instrument(span)));
+        let (shared, again_spec, ended) = again;
+        let task = retry::waiting_again(run, shared, Some(again_spec), ended);
+        let task = Some(tokio::spawn(task.instrument(span)));
         if let Some(entry) = registry.migrations.remove(&old) {
             registry.migrations.insert(id, Entry { task, ..entry });
         }
         Ok(())
+    }
+
+    /// Whether a migration may have this id: nobody had it, or this is a further attempt at one that was taken back here, too.
+    fn is_free(&self, id: &MigrationId, attempt: u32) -> bool {
+        let known = explain::tales(&self.config.state_dir, id, None);
+        let taken_back = |tale: &Tale| {
+            tale.explanation.role == Role::Destination && tale.taken_back && tale.attempt < attempt
+        };
+        let listed = self.registry().migrations.get(id).map(|entry| entry.report.status());
+        let over = |status: Status| {
+            status.role == Role::Destination && status.phase == Phase::Aborted && status.attempt < attempt
+        };
+        known.iter().all(taken_back) && listed.is_none_or(over)
+    }
+
+    /// Lets the attempts before go, which are over: their source has begun another one.
+    fn give_way(&self, id: &MigrationId) {
+        let entry = self.registry().migrations.remove(id);
+        if let Some(task) = entry.and_then(|entry| entry.task) {
+            task.abort();
+        }
+        recovery::retire(self, id, Side::Destination);
     }
 }

@@ -20,8 +20,9 @@ use crate::journal::{self, Journal};
 use crate::reins::reins;
 use crate::report::Report;
 use crate::shared::Shared;
+use crate::spec::{IncomingSpec, MigrateSpec};
 use crate::status::{Phase, Role};
-use crate::{explain, source};
+use crate::{explain, retry};
 
 /// A migration of an earlier life of this agent.
 pub(crate) struct Revived {
@@ -74,10 +75,7 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
     };
     let last = replay.entries.iter().rev().find(|stamped| !matches!(stamped.entry, Entry::Note(_)));
     if last.is_some_and(|last| is_over(&last.entry, last.unix_ms)) {
-        if let Err(error) = journal::retire(path) {
-            warn!(%error, path = %path.display(), "journal not archived");
-        }
-        return;
+        return archive(path);
     }
     let kept =
         Kept::find(replay.entries.iter().map(|stamped| &stamped.entry)).filter(|_| shared.config.attach);
@@ -111,16 +109,37 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
     let shared_too = shared.clone();
     match side {
         Side::Source => {
-            let run = source::resume(shared_too, revived, report.clone(), reins);
+            let again = retry::recorded::<MigrateSpec>(job).filter(|_| !retry::given_up(&replay.entries));
+            report.attempts(job.attempt, again.as_ref().map_or(0, |again| again.left));
+            report.stands();
+            let run = retry::resume(shared_too, revived, again, report.clone(), reins);
             let task = tokio::spawn(run.instrument(span));
             shared.adopt(report, None, held, task);
         }
         Side::Destination => {
             let (arrivals_tx, arrivals) = mpsc::channel(destination::ARRIVALS);
-            let run = destination::resume(shared_too, revived, arrivals, report.clone(), reins);
+            report.attempts(job.attempt, 0);
+            let again = retry::recorded::<IncomingSpec>(job);
+            let run = destination::resume(shared_too.clone(), revived, arrivals, report.clone(), reins);
+            let again = again.map(|again| again.spec);
+            let run = retry::waiting_again(run, shared_too, again, report.clone());
             let task = tokio::spawn(run.instrument(span));
             shared.adopt(report, Some((session, arrivals_tx)), held, task);
         }
+    }
+}
+
+/// Archives the journal of an attempt before, if it is there still.
+pub(crate) fn retire(shared: &Shared, id: &MigrationId, side: Side) {
+    let path = journal::path(&shared.config.state_dir, id, side);
+    if path.exists() {
+        archive(&path);
+    }
+}
+
+fn archive(path: &FilePath) {
+    if let Err(error) = journal::retire(path) {
+        warn!(%error, path = %path.display(), "journal not archived");
     }
 }
 

@@ -56,6 +56,11 @@ impl Held {
         self.cancel.send_replace(true);
     }
 
+    /// Whether that was asked for.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        *self.cancel.borrow()
+    }
+
     /// Passes an operator's wish for a path on; the order comes back if nobody can follow it.
     pub(crate) fn switch(&self, order: SwitchOrder) -> Result<(), SwitchOrder> {
         self.switches.try_send(order).map_err(mpsc::error::TrySendError::into_inner)

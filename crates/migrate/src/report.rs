@@ -1,7 +1,7 @@
 //! The status of one migration, as it is kept up to date by its task and watched by others.
 
 use std::fs;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dwcp_proto::path::{Cause, Change};
@@ -9,8 +9,9 @@ use dwcp_proto::{Leg, MigrationId, NodeName, Path, VmName};
 use tokio::sync::watch;
 
 use crate::counters::Counters;
-use crate::error::Failure;
+use crate::error::{Blame, Failure};
 use crate::handshake::Session;
+use crate::retry;
 use crate::status::{Phase, Progress, Role, Status};
 
 /// Reasons that a status holds; a migration that changes its path more often has told enough.
@@ -22,6 +23,22 @@ pub(crate) struct Report {
     status: watch::Sender<Status>,
     pub(crate) counters: Arc<Counters>,
     started: Instant,
+    retry: Mutex<Retry>,
+}
+
+/// Whether there is another attempt after this one.
+#[derive(Debug, Default)]
+struct Retry {
+    /// Further attempts that are allowed.
+    left: u32,
+    /// This one has a session.
+    stands: bool,
+    /// One has ended, and another is to follow.
+    due: bool,
+    /// Until when it may wait to begin.
+    until: Option<Instant>,
+    /// Why those before ended, one entry each.
+    ended: Vec<String>,
 }
 
 impl Report {
@@ -51,11 +68,54 @@ impl Report {
             chunks: 0,
             retransmitted_chunks: 0,
             reconnects: 0,
+            attempt: 1,
             agent_peak_anon_bytes: 0,
             progress: Progress::default(),
             error: None,
         };
-        Report { status: watch::Sender::new(status), counters: Arc::default(), started: Instant::now() }
+        let retry = Mutex::default();
+        Report {
+            status: watch::Sender::new(status),
+            counters: Arc::default(),
+            started: Instant::now(),
+            retry,
+        }
+    }
+
+    /// This is the `attempt`th, and so many may follow.
+    pub(crate) fn attempts(&self, attempt: u32, left: u32) {
+        self.retry().left = left;
+        self.set(|s| s.attempt = attempt);
+    }
+
+    /// Which attempt this is, counted from 1.
+    pub(crate) fn attempt(&self) -> u32 {
+        self.status.borrow().attempt
+    }
+
+    /// How many further attempts are allowed.
+    pub(crate) fn attempts_left(&self) -> u32 {
+        self.retry().left
+    }
+
+    /// Whether this attempt has ended and another one is to follow.
+    pub(crate) fn is_due(&self) -> bool {
+        self.retry().due
+    }
+
+    /// The attempt that was due begins.
+    pub(crate) fn begin_again(&self) {
+        let retry = &mut *self.retry();
+        (retry.due, retry.stands) = (false, false);
+    }
+
+    /// This attempt has, or had in an earlier life of the agent, a session.
+    pub(crate) fn stands(&self) {
+        self.retry().stands = true;
+    }
+
+    fn retry(&self) -> MutexGuard<'_, Retry> {
+        self.retry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn watch(&self) -> watch::Receiver<Status> {
@@ -110,9 +170,12 @@ impl Report {
 
     /// The session was agreed on.
     pub(crate) fn session(&self, session: &Session) {
+        self.stands();
+        let mut reasons = self.retry().ended.clone();
+        reasons.extend_from_slice(&session.leg.choice.reasons);
         self.set(|s| {
             on_leg(s, &session.leg);
-            s.fallback_reasons = session.leg.choice.reasons.clone();
+            s.fallback_reasons = reasons;
         });
     }
 
@@ -155,8 +218,23 @@ impl Report {
         });
     }
 
-    /// The last word.
+    /// The last word; or another attempt follows.
     pub(crate) fn end(&self, phase: Phase, error: Option<Failure>) {
+        let (attempt, stood) = (self.attempt(), self.status.borrow().phase != Phase::Preparing);
+        let follows = |failure: &&Failure| phase == Phase::Aborted && self.retry().follows(failure, attempt);
+        if let Some(failure) = error.as_ref().filter(follows) {
+            if stood {
+                self.retry().ended.push(format!("attempt {attempt} ended: {}", failure.code));
+            }
+            let reasons = self.retry().ended.clone();
+            return self.set(|s| {
+                s.phase = Phase::Preparing;
+                s.progress = Progress::default();
+                s.fallback_reasons = reasons;
+                s.attempt += u32::from(stood);
+            });
+        }
+        self.retry().due = false;
         self.set(|s| {
             s.phase = phase;
             s.error = error;
@@ -184,6 +262,27 @@ fn on_leg(status: &mut Status, leg: &Leg) {
     status.source = Some(through.to_owned());
     status.sink = Some(if leg.choice.mapped { "mapped" } else { through }.to_owned());
     status.encryption = Some(if leg.choice.plain { "none" } else { "tls" }.to_owned());
+}
+
+impl Retry {
+    /// Whether another attempt follows one that ended for this, or this one waits on until it can begin.
+    fn follows(&mut self, failure: &Failure, attempt: u32) -> bool {
+        self.due = match self.stands {
+            true if self.left > 0 && retry::helps(failure) => {
+                self.left -= 1;
+                self.until = Some(Instant::now() + retry::PATIENCE);
+                true
+            }
+            true => false,
+            // A further attempt whose destination is not ready yet.
+            false => {
+                let final_word = matches!(failure.code.as_str(), "cancelled" | "deadline")
+                    || failure.blame == Blame::PeerMisbehaving;
+                attempt > 1 && !final_word && self.until.is_some_and(|until| Instant::now() < until)
+            }
+        };
+        self.due
+    }
 }
 
 fn phase_name(phase: Phase) -> &'static str {

@@ -19,7 +19,7 @@ use crate::guest::Guest;
 use crate::handshake::{Arrival, Session};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
-use crate::reins::{Held, Reins};
+use crate::reins::{Held, Reins, reins};
 use crate::report::Report;
 use crate::spec::{IncomingSpec, MigrateSpec};
 use crate::status::Phase;
@@ -153,6 +153,22 @@ impl Shared {
             registry.sessions.insert(session.id, (session, arrivals));
         }
         registry.migrations.insert(report.status().id, Entry { report, held, task: Some(task), asked: None });
+    }
+
+    /// Fresh reins for a further attempt at a migration; a cancel of the one before holds for it, too. `None` where nothing may
+    /// begin any more.
+    pub(crate) fn rein(&self, id: &MigrationId) -> Option<Reins> {
+        let mut registry = self.registry();
+        if registry.closing.is_some() {
+            return None;
+        }
+        let entry = registry.migrations.get_mut(id)?;
+        let (held, reins) = reins();
+        if entry.held.is_cancelled() {
+            held.cancel();
+        }
+        entry.held = held;
+        Some(reins)
     }
 
     /// How long the agent has been stopping.

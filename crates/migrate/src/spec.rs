@@ -69,7 +69,7 @@ pub enum SourceWish {
 }
 
 /// Prepares this node to receive a VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IncomingSpec {
     /// The VM, by the same name as at the source.
     pub vm: VmName,
@@ -79,10 +79,15 @@ pub struct IncomingSpec {
     pub from: NodeName,
     /// What becomes of the waiting VMM if the migration is aborted.
     pub on_abort: Leave,
+    /// How often the VM is waited for again after an abort, each time with a fresh VMM at the same QMP socket.
+    pub retry: u32,
 }
 
+/// Further attempts that may be asked for.
+pub const MAX_RETRIES: u32 = crate::journal::MAX_ATTEMPTS - 1;
+
 /// Moves a VM to another node.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MigrateSpec {
     /// The VM.
     pub vm: VmName,
@@ -114,6 +119,9 @@ pub struct MigrateSpec {
     pub on_abort: Leave,
     /// Give up, with the guest at the source, when the migration has not committed after this long.
     pub deadline: Option<Duration>,
+    /// Further attempts after one that ended before the commit because of an agent's death, the link, or the
+    /// destination's VMM; at most [`MAX_RETRIES`].
+    pub retry: u32,
     /// The migration's id; made by the agent when absent.
     pub id: Option<MigrationId>,
 }

@@ -112,6 +112,8 @@ pub struct Status {
     pub retransmitted_chunks: u64,
     /// Connections made again after a loss.
     pub reconnects: u64,
+    /// Which attempt at this migration, counted from 1.
+    pub attempt: u32,
     /// Highest sampled anonymous memory (RssAnon) of this agent during the migration, bytes.
     pub agent_peak_anon_bytes: u64,
     /// How far it is.

@@ -108,6 +108,8 @@ struct Scene {
     source: SimVmm,
     destination: SimVmm,
     id: MigrationId,
+    /// Further attempts that are asked for.
+    retry: u32,
     dir: TempDir,
 }
 
@@ -122,7 +124,7 @@ impl Scene {
             (source, SimVmm::incoming(&dir.path().join("b.qmp"), guest).unwrap())
         });
         let (a, b) = (Agent::start("a", 1, dir.path()), Agent::start("b", 2, dir.path()));
-        Scene { world, a, b, source, destination, id: MigrationId::new("m1").unwrap(), dir }
+        Scene { world, a, b, source, destination, id: MigrationId::new("m1").unwrap(), retry: 0, dir }
     }
 
     /// Starts to move the guest, at most so many bytes a second.
@@ -133,6 +135,7 @@ impl Scene {
             vmm: Vmm::Qmp(self.dir.path().join("b.qmp")),
             from: NodeName::new("a").unwrap(),
             on_abort: Leave::Leave,
+            retry: self.retry,
         };
         self.b.block_on(self.b.engine().prepare_incoming(incoming)).unwrap();
         let spec = MigrateSpec {
@@ -151,6 +154,7 @@ impl Scene {
             on_success: Leave::Leave,
             on_abort: Leave::Leave,
             deadline: None,
+            retry: self.retry,
             id: Some(self.id.clone()),
         };
         self.a.block_on(self.a.engine().migrate(spec)).unwrap();
@@ -395,4 +399,57 @@ fn a_destination_agent_killed_at_its_receipt_still_gets_the_guest() {
         scene.settled();
         scene.assert_moved();
     }
+}
+
+#[test]
+fn a_killed_source_agent_tries_again_where_that_is_asked_for() {
+    let mut scene = Scene::new();
+    scene.retry = 1;
+    scene.begin(PathWish::V3, Some(8_000_000));
+    scene.a.reaches(&scene.id, |s| s.wire_bytes > 0);
+    scene.a.kill();
+    scene.a.revive();
+    // The first attempt costs the destination's VMM; somebody starts another one.
+    scene.world.block_on(async { tokio::time::timeout(LIMIT, scene.destination.died()).await.unwrap() });
+    let qmp = scene.dir.path().join("b.qmp");
+    std::fs::remove_file(&qmp).unwrap();
+    let guest = scene.source.guest().unwrap().spec().clone();
+    scene.destination = scene.world.block_on(async { SimVmm::incoming(&qmp, guest).unwrap() });
+    let status = scene.a.reaches(&scene.id, |s| s.phase.is_end());
+    assert_eq!((status.phase, status.attempt), (Phase::Completed, 2), "{status:?}");
+    assert_eq!(status.fallback_reasons[0], "attempt 1 ended: agent_restarted");
+    assert_eq!(scene.b.ends(&scene.id), Phase::Completed);
+    scene.settled();
+    scene.assert_moved();
+    let told = scene.a.block_on(scene.a.engine().explain(&scene.id)).unwrap();
+    for side in [&told.sides[0], &told.peers[0]] {
+        let begun: Vec<_> =
+            side.timeline.iter().filter(|m| m.what == "prepared" || m.what == "accepted").collect();
+        assert_eq!(begun.len(), 2, "{side:?}");
+        assert!(begun[1].text.starts_with("attempt 2, "), "{}", begun[1].text);
+    }
+}
+
+#[test]
+fn further_attempts_are_bounded_and_end_by_a_cancel() {
+    let mut scene = Scene::new();
+    scene.retry = 1;
+    scene.begin(PathWish::V3, Some(200_000));
+    scene.a.reaches(&scene.id, |s| s.wire_bytes > 0);
+    scene.a.kill();
+    scene.a.revive();
+    scene.a.reaches(&scene.id, |s| s.attempt == 2);
+    // No fresh VMM comes at the destination.
+    let status = scene.a.block_on(scene.a.engine().cancel(&scene.id)).unwrap();
+    assert_eq!((status.phase, status.error.unwrap().code.as_str()), (Phase::Aborted, "cancelled"));
+    // Nor does the next life of the agent try again.
+    let started = Instant::now();
+    while !scene.a.journal(&scene.id, "source").contains("given_up") {
+        assert!(started.elapsed() < LIMIT);
+        std::thread::yield_now();
+    }
+    scene.a.kill();
+    scene.a.revive();
+    assert_eq!((scene.a.ends(&scene.id), scene.source.is_running()), (Phase::Aborted, true));
+    scene.settled();
 }

@@ -100,6 +100,7 @@ async fn an_unknown_node_is_refused_on_both_sides() {
         vmm: Vmm::Qmp(scene.b.qmp()),
         from: NodeName::new("stranger").unwrap(),
         on_abort: Leave::Leave,
+        retry: 0,
     };
     assert_eq!(scene.b.engine.prepare_incoming(incoming).await.unwrap_err().code, "unknown_peer");
     scene.assert_stayed();

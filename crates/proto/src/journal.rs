@@ -109,6 +109,20 @@ pub struct Job {
     /// The VMM's process, where it could be told: whoever else serves that socket later is not this VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<Process>,
+    /// Which attempt at this migration, counted from 1.
+    #[serde(default = "first", skip_serializing_if = "is_first")]
+    pub attempt: u32,
+    /// What was asked for, in the agent's own words, where it may be tried again after an abort.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub again: Option<String>,
+}
+
+fn first() -> u32 {
+    1
+}
+
+fn is_first(attempt: &u32) -> bool {
+    *attempt == 1
 }
 
 /// A process of the machine that writes the journal. Together the three do not come twice.
@@ -426,6 +440,8 @@ mod tests {
             path: "v3".into(),
             started_unix_ms: 1,
             vmm: Some(Process { pid: 7, started: 9, boot: "b".into() }),
+            attempt: 3,
+            again: Some("{}".into()),
         }
     }
 
@@ -522,9 +538,9 @@ mod tests {
 
     #[test]
     fn a_job_without_what_came_later_is_read() {
-        let older = Job { vmm: None, ..job() };
+        let older = Job { vmm: None, attempt: 1, again: None, ..job() };
         let text = serde_json::to_string(&older).unwrap();
-        assert!(!text.contains("vmm"));
+        assert!(!["vmm", "attempt", "again"].iter().any(|later| text.contains(later)));
         assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), older);
     }
 

@@ -185,6 +185,9 @@ pub struct Hello {
     /// The port of the source's own data address, where it answers `Ask`; 0 where it does not say.
     #[prost(uint32, tag = "9")]
     pub listens: u32,
+    /// Which attempt at this migration, counted from 1; 0 is the first, too.
+    #[prost(uint32, tag = "10")]
+    pub attempt: u32,
 }
 
 /// Answers `Hello`.

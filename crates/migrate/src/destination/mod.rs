@@ -44,6 +44,7 @@ use crate::pool::Share;
 use crate::recovery::{self, Revived};
 use crate::reins::{Pull, Reins};
 use crate::report::{Report, Turned};
+use crate::retry;
 use crate::shared::Shared;
 use crate::source::closing;
 use crate::spec::{IncomingSpec, Leave};
@@ -147,6 +148,8 @@ async fn attempt(
             path: session.leg.path.name().to_owned(),
             started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
             vmm: guest.process(),
+            attempt: report.attempt(),
+            again: retry::record(&spec, spec.retry),
         },
         on_abort: match spec.on_abort {
             Leave::Leave => Afterwards::Leave,

@@ -24,7 +24,7 @@ use dwcp_proto::journal::{Job, Prepared};
 use dwcp_proto::negotiate::Wish;
 use dwcp_proto::{Leg, MigrationId, Mode, Path, Side};
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep_until, timeout};
 use tracing::{Instrument, info, warn};
 
 use crate::bucket::Bucket;
@@ -39,6 +39,7 @@ use crate::pool::Share;
 use crate::recovery::{self, Revived};
 use crate::reins::Reins;
 use crate::report::Report;
+use crate::retry;
 use crate::shared::Shared;
 use crate::spec::{Leave, MigrateSpec, PathWish};
 use crate::status::Phase;
@@ -126,16 +127,20 @@ async fn attempt(
 ) -> Result<(), Failure> {
     let deadline = spec.deadline.map(|d| Instant::now() + d);
     let prepare = async {
-        let mut plan = plan(shared, id, &spec, false).await?;
+        let mut plan = plan(shared, id, &spec, report.attempt(), false).await?;
         plan.refuse_problems()?;
         Ok::<_, Failure>(plan)
     };
     let plan = tokio::select! {
         plan = prepare => plan?,
         () = reins.cancelled() => return Err(cancelled()),
+        () = passed(deadline) => return Err(deadline_failure()),
     };
     let Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, ram, .. } = plan;
     // Before the destination is bound to the session: a disk that cannot take a journal is no reason to keep it waiting.
+    if report.attempt() > 1 {
+        recovery::retire(shared, id, Side::Source);
+    }
     let journal =
         Journal::create(&shared.config.state_dir, id, Side::Source).await.map_err(journal_failure)?;
     let (session, reader, writer) = match met.confirm(shared.config.key.clone(), choice, offer).await {
@@ -174,6 +179,8 @@ async fn attempt(
             path: session.leg.path.name().to_owned(),
             started_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
             vmm: guest.process(),
+            attempt: report.attempt(),
+            again: retry::record(&spec, report.attempts_left()),
         },
         guest_ran,
         on_success: match spec.on_success {
@@ -264,6 +271,18 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
     run.retire_if_settled().await;
     drop(run);
     let _ = timeout(LINGER, server).await;
+}
+
+/// Pending for ever without one.
+async fn passed(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn deadline_failure() -> Failure {
+    Failure::new("deadline", Blame::Operator, "the deadline passed", AbortReason::Deadline.advice())
 }
 
 fn cancelled() -> Failure {

@@ -96,6 +96,7 @@ pub(crate) async fn plan(
     shared: &Shared,
     id: &MigrationId,
     spec: &MigrateSpec,
+    attempt: u32,
     check: bool,
 ) -> Result<Plan, Failure> {
     let qmp = match &spec.vmm {
@@ -137,6 +138,7 @@ pub(crate) async fn plan(
         })?,
         check,
         listens: shared.data_addr.port().into(),
+        attempt,
     };
     let local = failures(found);
     if hello.description.len() > MAX_DESCRIPTION {
@@ -202,7 +204,7 @@ pub(crate) async fn plan(
 
 /// `migrate --check`.
 pub(crate) async fn check(shared: &Shared, id: &MigrationId, spec: &MigrateSpec) -> CheckReport {
-    match plan(shared, id, spec, true).await {
+    match plan(shared, id, spec, 1, true).await {
         Ok(plan) => CheckReport {
             ok: plan.problems.is_empty(),
             path: Path::from_wire(plan.choice.path).map(|p| p.name().to_owned()),

@@ -110,6 +110,7 @@ impl Run {
         outgoing: Outgoing,
     ) -> Self {
         let (info_tx, info) = mpsc::channel(1);
+        let carried = (outgoing.counters.raw.load(), outgoing.counters.guest.load());
         let (turns_tx, turns) = mpsc::channel(TURNS);
         Run {
             shared: shared.clone(),
@@ -141,7 +142,8 @@ impl Run {
             heard_at: None,
             dark_since: None,
             fraction: 0.0,
-            carried: (0, 0),
+            // An earlier attempt has been counted.
+            carried,
             counted: outgoing.session.leg.path,
             outgoing,
         }
@@ -217,14 +219,20 @@ impl Run {
             tokio::select! {
                 event = events.recv() => match event {
                     // It does not know the session: nobody is in doubt there.
+                    Some(Event::Lost(_)) if self.report.is_due() => return,
                     Some(Event::Lost(_)) => return self.pilot.retire().await,
                     None => return,
                     Some(event) => self.control_event(event).await,
                 },
-                Pull::Order(order) = reins.pull() => {
-                    let steps = order.give(&mut self.pilot).await;
-                    self.take(steps).await;
-                }
+                pull = reins.pull() => match pull {
+                    Pull::Order(order) => {
+                        let steps = order.give(&mut self.pilot).await;
+                        self.take(steps).await;
+                    }
+                    // No further attempt, then.
+                    Pull::Cancel if self.report.is_due() => return,
+                    Pull::Cancel => {}
+                },
                 _ = retry.tick() => self.feed(Input::Retry).await,
                 true = closing(&self.shared) => return,
             }
@@ -233,7 +241,10 @@ impl Run {
 
     /// Moves the journal to the archive if nobody will have a question any more.
     pub(super) async fn retire_if_settled(&mut self) {
-        self.pilot.retire_if_settled().await;
+        // One after which another attempt is due tells a restarted agent so.
+        if !self.report.is_due() {
+            self.pilot.retire_if_settled().await;
+        }
     }
 
     /// Feeds the handover; a violation by the peer ends the migration.
@@ -558,7 +569,8 @@ impl Run {
         let status = self.report.status();
         self.in_flight = None;
         self.shared.metrics.ended(&status);
-        self.pilot.note("ended", status.status.clone()).await;
+        let how = if self.report.is_due() { "aborted, and another attempt follows" } else { &status.status };
+        self.pilot.note("ended", how).await;
     }
 }
 

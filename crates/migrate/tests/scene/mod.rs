@@ -108,6 +108,7 @@ impl Scene {
             on_success: Leave::Leave,
             on_abort: Leave::Leave,
             deadline: None,
+            retry: 0,
             id: None,
         }
     }
@@ -118,6 +119,7 @@ impl Scene {
             vmm: Vmm::Qmp(self.b.qmp()),
             from: NodeName::new("a").unwrap(),
             on_abort: Leave::Leave,
+            retry: 0,
         };
         self.b.engine.prepare_incoming(spec).await.unwrap()
     }

@@ -19,6 +19,8 @@ fn job() -> Job {
         path: "v3".into(),
         started_unix_ms: 0,
         vmm: None,
+        attempt: 1,
+        again: None,
     }
 }
 

@@ -56,6 +56,8 @@ impl Model {
             path: "v3".into(),
             started_unix_ms: 0,
             vmm: None,
+            attempt: 1,
+            again: None,
         };
         let prepared =
             Prepared { job: job.clone(), guest_ran: setup.guest_ran, on_success: Afterwards::Quit };

@@ -193,6 +193,8 @@ impl<'t, X: Seal> World<'t, X> {
             path: "v3".into(),
             started_unix_ms: 0,
             vmm: None,
+            attempt: 1,
+            again: None,
         };
         let (guest_ran, on_success) = (scenario.guest_ran, scenario.on_success);
         let source = Source::new(Prepared { job: job.clone(), guest_ran, on_success });
