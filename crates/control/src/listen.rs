@@ -18,12 +18,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::NoServerSessionStorage;
+use rustls::server::{Acceptor, NoServerSessionStorage};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::server::TlsStream;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
@@ -39,6 +40,11 @@ const BACKLOG: i32 = 16_384;
 const SILENCE: Duration = Duration::from_secs(30);
 /// For how long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Handshakes at once. A fleet that comes back all at once asks for more than the cores can do; those that are begun must
+/// end while their node still waits, or all the work is for nothing.
+const HANDSHAKES: usize = 256;
+/// For how long a connection waits for its handshake. A node gives up a poll after 0.8 s, so later it is not worth the work.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// Bytes of a request's head, and what is read at once.
 const HEAD: usize = 16 << 10;
 /// A pause when no connection can be accepted, which is when there are no files left.
@@ -66,8 +72,8 @@ impl Tls {
         Ok(())
     }
 
-    fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(Arc::clone(&self.config.read().unwrap_or_else(PoisonError::into_inner)))
+    fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -90,6 +96,7 @@ pub(crate) async fn serve(
     mut stopping: watch::Receiver<bool>,
 ) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let accepted = tokio::select! {
@@ -109,8 +116,9 @@ pub(crate) async fn serve(
             shared: Arc::clone(&shared),
             origin,
             stopping: stopping.clone(),
+            handshakes: Arc::clone(&handshakes),
         };
-        let tls = tls.as_ref().map(Tls::acceptor);
+        let tls = tls.as_ref().map(Tls::config);
         tokio::spawn(async move {
             connection.serve(stream, tls).await;
             drop(permit);
@@ -127,18 +135,27 @@ struct Connection {
     shared: Arc<Shared>,
     origin: SocketAddr,
     stopping: watch::Receiver<bool>,
+    handshakes: Arc<Semaphore>,
 }
 
 impl Connection {
-    async fn serve(self, stream: TcpStream, tls: Option<TlsAcceptor>) {
+    async fn serve(self, stream: TcpStream, tls: Option<Arc<ServerConfig>>) {
         // Answers are small and complete: waiting for more would only cost time.
         let _ = stream.set_nodelay(true);
         let Some(tls) = tls else { return self.http(stream).await };
-        match tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await {
+        match tokio::time::timeout(HANDSHAKE, self.handshake(stream, tls)).await {
             Ok(Ok(stream)) => self.http(stream).await,
             Ok(Err(error)) => debug!(origin = %self.origin, %error, "no TLS"),
             Err(_) => debug!(origin = %self.origin, "the handshake took too long"),
         }
+    }
+
+    async fn handshake(&self, stream: TcpStream, tls: Arc<ServerConfig>) -> io::Result<TlsStream<TcpStream>> {
+        // Whoever connects and says nothing waits here, and takes no turn.
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        let turn = tokio::time::timeout(PATIENCE, self.handshakes.acquire()).await;
+        let _turn = turn.map_err(|_| io::Error::other("too many handshakes at once"))?;
+        hello.into_stream(tls).await
     }
 
     async fn http(mut self, stream: impl AsyncRead + AsyncWrite + Unpin) {
