@@ -52,6 +52,8 @@ pub(crate) enum Command {
     Resolve(ResolveArgs),
     /// Show the flag as this node sees it: path, reason, bucket, epoch, age, lease, endpoint, last error.
     Flags(FlagsArgs),
+    /// Keep the inventory of the control plane.
+    Nodes(crate::nodes::NodesArgs),
 }
 
 impl Command {
@@ -68,6 +70,7 @@ impl Command {
             Command::Explain(args) => args.json,
             Command::Resolve(args) => args.json,
             Command::Flags(args) => args.json,
+            Command::Nodes(args) => args.json,
         }
     }
 }

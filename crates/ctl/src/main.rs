@@ -16,6 +16,7 @@ mod incoming;
 mod json;
 mod keygen;
 mod migrate;
+mod nodes;
 mod progress;
 mod resolve;
 mod show;
@@ -56,6 +57,7 @@ async fn run(args: Args) -> Result<Exit, CtlError> {
         Command::Switch(args) => show::switch(client::connect(&agent).await?, &args).await,
         Command::Explain(args) => explain::run(client::connect(&agent).await?, &args).await,
         Command::Flags(args) => flags::run(client::connect(&agent).await?, &args).await,
+        Command::Nodes(args) => nodes::run(&args).await,
         Command::Resolve(args) => resolve::run(client::connect(&agent).await?, &args).await,
     }
 }
