@@ -201,6 +201,10 @@ fn random_kill(number: u64) -> Result<()> {
 /// After a kill: one guest runs, or the guest died with its VMM, or what is in doubt says how to end that.
 fn judge(scene: &mut SimScene, victim: Victim) -> Result<()> {
     if matches!(victim, Victim::SourceAgent | Victim::DestinationAgent) {
+        if victim == Victim::SourceAgent && status(scene, "m1")? == "unknown" {
+            // See `FORGOTTEN`; or it never came to a session, and there is nothing to cancel.
+            scene.b.ctl(&[&"cancel", &"m1"])?;
+        }
         // In doubt they may be for a while, but not for good: both agents are back.
         return if scene.ending("m1")? == Ending::Stayed { scene.again() } else { Ok(()) };
     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use dwcp_tests::{
-    AgentConfig, Ending, GuestLoad, Kit, QemuSpec, QemuVersion, Role, Scene, SimScene, VM, Victim, Watcher,
-    soak_count, soak_report, until,
+    Agent, AgentConfig, Ending, GuestLoad, Kit, QemuSpec, QemuVersion, Role, Scene, SimScene, VM, Victim,
+    Watcher, soak_count, soak_report, until,
 };
 use serde_json::Value;
 
@@ -55,7 +55,15 @@ fn one_more(scene: &mut SimScene, path: &str) -> Result<()> {
     scene.incoming()?;
     let limit = Duration::from_secs(60);
     let said = scene.migrate(&["--path", path, "--downtime-limit", "500ms"])?;
-    said.success()?;
+    if let Err(error) = said.success() {
+        // The last lines are of this migration; the agents have seen many.
+        let tail = |agent: &Agent| {
+            let log = agent.log();
+            let lines: Vec<&str> = log.lines().collect();
+            lines[lines.len().saturating_sub(20)..].join("\n")
+        };
+        return Err(error.context(format!("agent a:\n{}\nagent b:\n{}", tail(&scene.a), tail(&scene.b))));
+    }
     until("the guest's arrival", limit, || Ok(scene.to.is_running().then_some(())))?;
     ensure!(scene.ending_of_guests()? == Ending::Moved);
     Ok(())
