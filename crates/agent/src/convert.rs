@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use dwcp_migrate::spec::{
-    DEFAULT_DOWNTIME, IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm,
+    DEFAULT_DOWNTIME, IncomingSpec, Leave, MAX_RETRIES, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm,
 };
 use dwcp_migrate::status::{Explanation, Moment, Phase, Role, Status, Story};
 use dwcp_migrate::{Blame, CheckReport, Failure, Gate};
@@ -42,7 +42,7 @@ pub(crate) fn incoming(
         vmm: vmm(request.vmm.as_ref(), &bounds.paths)?,
         from: parse("from", &request.from)?,
         on_abort: leave("on_abort", request.on_abort)?,
-        retry: 0,
+        retry: retry(request.retry)?,
     })
 }
 
@@ -85,7 +85,7 @@ pub(crate) fn migrate(spec: Option<&v1::MigrateSpec>, bounds: &Bounds) -> Result
         on_success: leave("on_success", spec.on_success)?,
         on_abort: leave("on_abort", spec.on_abort)?,
         deadline: (spec.deadline_ms > 0).then(|| Duration::from_millis(spec.deadline_ms)),
-        retry: 0,
+        retry: retry(spec.retry)?,
         id: match spec.id.as_str() {
             "" => None,
             id => Some(parse("id", id)?),
@@ -129,6 +129,13 @@ pub(crate) fn path(number: i32) -> Result<dwcp_proto::Path, Failure> {
         v1::PathWish::V1 => Ok(dwcp_proto::Path::V1),
         v1::PathWish::V3 => Ok(dwcp_proto::Path::V3),
         v1::PathWish::Auto => Err(bad("path", "missing: v1 or v3")),
+    }
+}
+
+fn retry(attempts: u32) -> Result<u32, Failure> {
+    match attempts {
+        0..=MAX_RETRIES => Ok(attempts),
+        _ => Err(bad("retry", format!("more than {MAX_RETRIES}"))),
     }
 }
 
@@ -314,6 +321,7 @@ pub(crate) fn status(s: Status) -> v1::Status {
         chunks: s.chunks,
         retransmitted_chunks: s.retransmitted_chunks,
         reconnects: s.reconnects,
+        attempt: s.attempt,
         agent_peak_anon_bytes: s.agent_peak_anon_bytes,
         progress: Some(v1::Progress {
             fraction: s.progress.fraction,

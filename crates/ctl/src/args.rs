@@ -129,6 +129,9 @@ pub(crate) struct IncomingArgs {
     /// What becomes of the waiting VMM if the migration is aborted.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) on_abort: Leave,
+    /// Wait for the VM again after an abort, up to N times, with the fresh VMM that is then behind the same socket.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=15))]
+    pub(crate) retry: u32,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -180,6 +183,10 @@ pub(crate) struct MigrateArgs {
     /// Abort when the migration has not ended after this long.
     #[arg(long, value_name = "TIME", value_parser = units::parse_duration)]
     pub(crate) deadline: Option<Duration>,
+    /// Further attempts after one that ended before the commit because of an agent's death, the link or the destination's
+    /// VMM. Each needs a fresh VMM at the destination, which waits again if it was told so: incoming --retry.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=15))]
+    pub(crate) retry: u32,
     /// The migration's id; a second call with the same id joins the first, it starts nothing.
     #[arg(long)]
     pub(crate) id: Option<MigrationId>,
@@ -215,6 +222,7 @@ impl MigrateArgs {
             deadline_ms: self.deadline.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX).max(1)),
             id: self.id.as_ref().map(ToString::to_string).unwrap_or_default(),
             memory_file: self.vmm.memory_file(),
+            retry: self.retry,
         }
     }
 }

@@ -15,6 +15,7 @@ pub(crate) async fn run(mut client: Client, args: IncomingArgs) -> Result<Exit, 
         from: args.from.to_string(),
         on_abort: v1::Leave::from(args.on_abort).into(),
         memory_file: args.vmm.memory_file(),
+        retry: args.retry,
     };
     let status = client.prepare_incoming(within(SLOW, request)).await?.into_inner();
     if args.json {

@@ -32,6 +32,7 @@ pub(crate) struct Status<'a> {
     chunks: u64,
     retransmitted_chunks: u64,
     reconnects: u64,
+    attempt: u32,
     agent_peak_anon_bytes: u64,
     progress: Progress,
     error: Option<Failure<'a>>,
@@ -182,6 +183,7 @@ pub(crate) fn status(s: &v1::Status) -> Status<'_> {
         chunks: s.chunks,
         retransmitted_chunks: s.retransmitted_chunks,
         reconnects: s.reconnects,
+        attempt: s.attempt,
         agent_peak_anon_bytes: s.agent_peak_anon_bytes,
         progress: Progress {
             fraction: p.fraction,

@@ -36,6 +36,9 @@ pub struct PrepareIncomingRequest {
     /// Absolute path of plain file-backed RAM. Not built yet: refused as `unsupported` where not empty.
     #[prost(string, tag = "5")]
     pub memory_file: ::prost::alloc::string::String,
+    /// How often the VM is waited for again after an abort, each time with a fresh VMM at the same QMP socket; at most 15.
+    #[prost(uint32, tag = "6")]
+    pub retry: u32,
 }
 /// Everything that can be asked of a migration.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -91,6 +94,10 @@ pub struct MigrateSpec {
     /// Absolute path of plain file-backed RAM. Not built yet: refused as `unsupported` where not empty.
     #[prost(string, tag = "17")]
     pub memory_file: ::prost::alloc::string::String,
+    /// Further attempts, at most 15, after one that ended before the commit because of an agent's death, the link, or the
+    /// destination's VMM. The destination needs a fresh VMM for each, and to wait for it: see PrepareIncomingRequest.retry.
+    #[prost(uint32, tag = "18")]
+    pub retry: u32,
 }
 /// Asks to start a migration.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -414,6 +421,9 @@ pub struct Status {
     /// Why it ended badly; absent if it did not.
     #[prost(message, optional, tag = "27")]
     pub error: ::core::option::Option<Failure>,
+    /// Which attempt at this migration, counted from 1.
+    #[prost(uint32, tag = "28")]
+    pub attempt: u32,
 }
 /// Asks for the agent's own state.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
