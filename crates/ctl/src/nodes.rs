@@ -32,7 +32,7 @@ const MAX_HEADERS: usize = 32;
 /// Arguments of `nodes`.
 #[derive(Debug, Args)]
 pub(crate) struct NodesArgs {
-    /// The control plane, as http://HOST:PORT or https://HOST[:PORT].
+    /// The control plane: http://HOST:PORT or https://HOST:PORT; the port may be left out.
     #[arg(
         long,
         global = true,
