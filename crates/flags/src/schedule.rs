@@ -12,7 +12,7 @@ const SPREAD: Duration = Duration::from_millis(400);
 /// What chance adds before another endpoint is asked in place of one that failed.
 const DETOUR: Duration = Duration::from_millis(200);
 
-/// For how long a poll may take in all. Less than [`LEAST`], so that polls do not overlap.
+/// For how long a poll may take in all. Less than the least pause between two polls, so that polls do not overlap.
 pub const POLL_TIMEOUT: Duration = LEAST;
 
 /// The longest pause that a server can ask for. It costs the lease, so a longer one would be a way to switch nodes off.

@@ -1,6 +1,6 @@
 //! A simulated VMM as a process: `dwcp-sim QMP LOG running|incoming GUEST`, where `QMP` is the socket that an agent
 //! drives, `LOG` the file into which each change of the run state goes, and `GUEST` the JSON of a
-//! [`GuestSpec`](dwcp_vmm::sim::GuestSpec).
+//! [`GuestSpec`].
 //!
 //! It says `ready`, then answers each line of its standard input with one of its own, `ok ...` or `error ...`:
 //!
