@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dwcp_proto::handover::{AbortReason, Input, Outcome, Transfer, VmmState};
-use dwcp_proto::message::Body;
+use dwcp_proto::message::{Body, StreamEnd};
 use dwcp_proto::{MigrationId, Path};
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
 use dwcp_vmm::socket;
@@ -341,6 +341,14 @@ impl Run {
             Event::Up => {
                 if self.dark_since.take().is_some() {
                     self.pilot.note("link_up", "").await;
+                }
+                // The data path has ended with the last acknowledgement; that the stream ends there may have been lost.
+                if let (Some(transfer), false) = (self.transfer, self.heard_at.is_some()) {
+                    let leg = self.outgoing.leg();
+                    if leg.path == Path::V1 {
+                        let end = StreamEnd { length: transfer.stream_len, leg: leg.number };
+                        self.control.say(Body::StreamEnd(end)).await;
+                    }
                 }
                 self.feed(Input::Connected).await;
             }
