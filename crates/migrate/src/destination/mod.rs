@@ -56,6 +56,8 @@ const TICK: Duration = Duration::from_millis(250);
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a lost link is waited for before the receipt: longer than any source waits, so that it is the source who decides.
 const PATIENCE: Duration = Duration::from_secs(3900);
+/// The same before the first byte came.
+const EARLY_PATIENCE: Duration = Duration::from_secs(600);
 /// How long the last word may take to be acknowledged after the end.
 const LINGER: Duration = Duration::from_secs(5);
 /// Changes of path that may wait to be recorded.
@@ -645,9 +647,11 @@ impl Run {
         });
         self.shared.count_unresolved();
         self.whole_if_so().await;
-        if self.dark_since.is_some_and(|since| since.elapsed() > PATIENCE) && !self.whole {
+        // Nothing came yet: a source that died before it wrote anything down knows of no migration and never comes back.
+        let patience = if self.incoming.counters.raw.load() == 0 { EARLY_PATIENCE } else { PATIENCE };
+        if self.dark_since.is_some_and(|since| since.elapsed() > patience) && !self.whole {
             self.dark_since = None;
-            let text = format!("the link to the source was lost for {} s", PATIENCE.as_secs());
+            let text = format!("the link to the source was lost for {} s", patience.as_secs());
             let failure = Failure::new("link_lost", Blame::Link, text, AbortReason::LinkLost.advice());
             self.fail(AbortReason::LinkLost, failure).await;
         }
