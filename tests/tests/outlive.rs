@@ -59,6 +59,6 @@ fn killed(name: &str, version: QemuVersion, arguments: &[&str]) -> Result<()> {
     scene.to.guest_ok_for(Duration::from_secs(5)).with_context(|| format!("{result}\n{}", scene.logs()))?;
     watcher.finish()?;
     let told = scene.a.ctl(&[&"explain", &result["id"].as_str().unwrap_or_default()])?.stdout;
-    ensure!(told.matches("peer_restarted").count() == KILLS.len(), "{told}");
+    ensure!(told.matches("peer_restarted").count() == 2 * KILLS.len(), "both ends tell each: {told}");
     Ok(())
 }

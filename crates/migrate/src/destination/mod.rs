@@ -22,6 +22,7 @@ use dwcp_link::{Reader, Writer};
 use dwcp_proto::handover::{AbortReason, Afterwards, Destination, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::journal::{Accepted, Job};
 use dwcp_proto::message::{Ack, Body, Purpose, Restarted, Veto};
+use dwcp_proto::path::Cause;
 use dwcp_proto::{MigrationId, Path, Side};
 use dwcp_vmm::mapped::Ram;
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, Qemu, RunState};
@@ -556,8 +557,9 @@ impl Run {
         if let Some(in_flight) = &mut self.in_flight {
             in_flight.path(path);
         }
-        let text = format!("to {} from byte {} on: {cause}: {}", path.name(), leg.from, change.reason);
-        self.pilot.note("path_switch", text).await;
+        let text = format!("{} from byte {} on: {cause}: {}", path.name(), leg.from, change.reason);
+        let what = if cause == Cause::Restarted { "resumed" } else { "path_switch" };
+        self.pilot.note(what, text).await;
     }
 
     /// A connection of this session.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dwcp_proto::handover::{AbortReason, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::message::{Body, StreamEnd};
+use dwcp_proto::path::Cause;
 use dwcp_proto::{MigrationId, Path};
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
 use dwcp_vmm::socket;
@@ -404,8 +405,9 @@ impl Run {
         if let Some(in_flight) = &mut self.in_flight {
             in_flight.path(path);
         }
-        let text = format!("to {} from byte {} on: {cause}: {}", path.name(), leg.from, change.reason);
-        self.pilot.note("path_switch", text).await;
+        let text = format!("{} from byte {} on: {cause}: {}", path.name(), leg.from, change.reason);
+        let what = if cause == Cause::Restarted { "resumed" } else { "path_switch" };
+        self.pilot.note(what, text).await;
     }
 
     async fn qmp_event(&mut self, event: QmpEvent) {
