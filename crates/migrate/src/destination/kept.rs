@@ -37,7 +37,8 @@ impl Kept {
     /// Of a connection that nothing was written to yet.
     pub(crate) fn new(stream: &TcpStream, mark: Mark, offers: &Offers) -> io::Result<Self> {
         let encode = |offer: &Offer| {
-            let offer = Offer { v3_reason: String::new(), ..offer.clone() };
+            // Words decide nothing, and a note has little room.
+            let offer = Offer { v3_reason: String::new(), unmapped: String::new(), ..offer.clone() };
             offer.encode_to_vec().iter().map(|byte| format!("{byte:02x}")).collect()
         };
         let base = ever_written(stream.as_fd())?;

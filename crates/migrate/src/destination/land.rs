@@ -227,7 +227,8 @@ impl Landing {
             }
             return Ok(None);
         }
-        if switch.leg != leg.number + 1 {
+        // The number may be the peer's own, after a restart.
+        if leg.number.checked_add(1) != Some(switch.leg) {
             return Err(protocol("the source asked for a leg out of turn"));
         }
         Ok(Some(turn))

@@ -18,6 +18,8 @@ use crate::report::anon_bytes;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Between two looks at this node's memory.
 const LOOK: Duration = Duration::from_secs(1);
+/// Characters of a reason. The destination refuses a switch for which more bytes of words are made, its frame of words included.
+const MAX_WORDS: usize = 200;
 /// Memory counts as short again only above this part of what is allowed, so that it does not flap.
 const EASED: f64 = 0.8;
 
@@ -85,13 +87,13 @@ impl Helm {
 
     /// What the destination says of v3.
     pub(crate) fn veto(&mut self, reason: &str) {
-        let veto = (!reason.is_empty()).then(|| reason.to_owned());
+        let veto = (!reason.is_empty()).then(|| words(reason));
         self.choice.veto(veto, self.started.elapsed());
     }
 
     /// The encoder has failed: this migration has no more use for it.
     pub(crate) fn encoder_failed(&mut self, why: String) {
-        self.choice.trouble(Some((Cause::Encoder, why)), self.started.elapsed());
+        self.choice.trouble(Some((Cause::Encoder, words(&why))), self.started.elapsed());
     }
 
     /// The data is on `path` from now on.
@@ -130,12 +132,31 @@ impl Helm {
     }
 }
 
+/// A reason as it may be shown, logged and told on: it may come from the peer or from a flag's file.
+fn words(reason: &str) -> String {
+    reason.chars().filter(|c| !c.is_control()).take(MAX_WORDS).collect()
+}
+
 fn permit(gate: &Gate) -> Permit {
     let running = gate.source.running;
     Permit {
         stay: running != Running::Leave,
         enter: running == Running::Return,
         allow: gate.source.new == Path::V3,
-        reason: gate.source.reason.text.clone(),
+        reason: words(&gate.source.reason.text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_inject_a_reason_from_outside_is_short_and_on_one_line() {
+        let bad = format!("no\n2026-11-22 ERROR forged\u{1b}[2J{}", "\u{10ffff}".repeat(5000));
+        let told = words(&bad);
+        assert!(!told.chars().any(char::is_control), "{told}");
+        // Four bytes a character at most, and the words around it: below what a destination takes.
+        assert!(told.len() <= 800 && told.starts_with("no2026"), "{}", told.len());
     }
 }
