@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use dwcp_link::{Reader, Writer};
 use dwcp_proto::limits::MAX_CONTROL;
-use dwcp_proto::message::{Ack, Body, Ping, Purpose, Switched};
+use dwcp_proto::message::{Ack, Body, Ping, Purpose, Restarted, Switched};
+use tokio::sync::mpsc::error::SendError;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{debug, info};
@@ -58,6 +59,19 @@ pub(crate) enum DataEvent {
     Up,
     /// The destination's agent was restarted and knows no more of the leg than what its VMM was given.
     Restarted,
+}
+
+impl DataEvent {
+    /// What a message says to the data path; the message again if that is not whom it is for.
+    fn of(body: Body) -> Result<Self, Body> {
+        match body {
+            Body::Ack(ack) => Ok(DataEvent::Ack(ack)),
+            Body::Switched(switched) => Ok(DataEvent::Switched(switched)),
+            Body::Veto(veto) => Ok(DataEvent::Veto(veto.reason)),
+            Body::Restarted(_) => Ok(DataEvent::Restarted),
+            body => Err(body),
+        }
+    }
 }
 
 /// How to speak to the peer.
@@ -261,11 +275,6 @@ async fn next_ack(acks: &mut Option<watch::Receiver<Ack>>, last: Instant) -> Ack
     watched.borrow_and_update().clone()
 }
 
-/// What was said to the data path needs nobody else.
-fn drop_result<E>(_said: Result<(), E>) -> Option<Body> {
-    None
-}
-
 async fn read_all(
     reader: &mut Reader,
     events: &mpsc::Sender<Event>,
@@ -286,19 +295,18 @@ async fn read_all(
                 return Some(WireError::Unexpected { got: "a chunk", expected: "a message" });
             }
         };
-        let body = match (body, data) {
-            // Late words to a data path that has ended are no matter.
-            (Body::Ack(ack), Some(data)) => drop_result(data.send(DataEvent::Ack(ack)).await),
-            (Body::Switched(word), Some(data)) => drop_result(data.send(DataEvent::Switched(word)).await),
-            (Body::Veto(word), Some(data)) => drop_result(data.send(DataEvent::Veto(word.reason)).await),
-            // Without a data path it is the migration's own matter.
-            (Body::Restarted(word), Some(data)) => match data.send(DataEvent::Restarted).await {
-                Ok(()) => None,
-                Err(_) => Some(Body::Restarted(word)),
+        let body = match data {
+            None => body,
+            Some(data) => match DataEvent::of(body) {
+                Err(body) => body,
+                Ok(said) => match data.send(said).await {
+                    // After the data path's end a restart is the migration's own matter.
+                    Err(SendError(DataEvent::Restarted)) => Body::Restarted(Restarted {}),
+                    // Other late words are no matter.
+                    _ => continue,
+                },
             },
-            (body, _) => Some(body),
         };
-        let Some(body) = body else { continue };
         match body {
             // A full queue means a peer that asks faster than it reads; the newest question is answered later.
             Body::Ping(ping) => drop(pongs.try_send(ping)),
