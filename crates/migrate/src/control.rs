@@ -63,6 +63,7 @@ pub(crate) enum DataEvent {
 
 impl DataEvent {
     /// What a message says to the data path; the message again if that is not whom it is for.
+    #[allow(clippy::result_large_err, reason = "no error: the message goes on to somebody else")]
     fn of(body: Body) -> Result<Self, Body> {
         match body {
             Body::Ack(ack) => Ok(DataEvent::Ack(ack)),
