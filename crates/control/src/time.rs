@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use dwcp_proto::units::date;
+
 const SECOND: u64 = 1000;
 const DAY: u64 = 24 * 3600 * SECOND;
 
@@ -68,20 +70,6 @@ fn numbers(text: &str, between: char, digits: [usize; 3]) -> Option<[u64; 3]> {
         *number = part.parse().ok()?;
     }
     parts.next().is_none().then_some(numbers)
-}
-
-/// Year, month and day of a day since 1970 in the Gregorian calendar. Counted from 1 March of year 0, a leap day is the
-/// last day of its year and of its era of 400 years (Hinnant, "chrono-Compatible Low-Level Date Algorithms").
-fn date(days: u64) -> (u64, u64, u64) {
-    const ERA: u64 = 146_097;
-    let days = days + 719_468;
-    let (era, day) = (days / ERA, days % ERA);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let (year, month) = if month < 10 { (year, month + 3) } else { (year + 1, month - 9) };
-    (year + 400 * era, month, day)
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //!
 //! A number may have a fraction; between it and its unit there may be one space. Decimal prefixes (`MB`, `Mbit`) count
 //! by 1000, binary ones (`MiB`) by 1024. A number without a unit is refused: a wrong guess would be off by a million.
+//!
+//! Also the day in the calendar, for whoever writes moments.
 
 use std::time::Duration;
 
@@ -104,6 +106,20 @@ fn bad(text: &str, expected: &'static str) -> BadUnit {
     BadUnit { expected, found: text.chars().take(MAX_QUOTED).collect() }
 }
 
+/// Year, month and day of a day since 1970 in the Gregorian calendar. Counted from 1 March of year 0, a leap day is the last
+/// day of its year and of its era of 400 years (Hinnant, "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`).
+pub fn date(days: u64) -> (u64, u64, u64) {
+    const ERA: u64 = 146_097;
+    let days = days + 719_468;
+    let (era, day) = (days / ERA, days % ERA);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (year, month) = if month < 10 { (year, month + 3) } else { (year + 1, month - 9) };
+    (year + 400 * era, month, day)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,5 +197,27 @@ mod tests {
         assert_eq!(rate(25_000_000.0), "200.0 Mbit/s");
         assert_eq!(rate(0.0), "0 kbit/s");
         assert_eq!(rate(312_500_000.0), "2.50 Gbit/s");
+    }
+
+    #[test]
+    fn every_day_follows_the_one_before() {
+        let (mut year, mut month, mut day) = date(0);
+        for days in 1..400 * 366 {
+            let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+            let length = match month {
+                2 if leap => 29,
+                2 => 28,
+                4 | 6 | 9 | 11 => 30,
+                _ => 31,
+            };
+            day += 1;
+            if day > length {
+                (month, day) = (month + 1, 1);
+            }
+            if month > 12 {
+                (year, month) = (year + 1, 1);
+            }
+            assert_eq!(date(days), (year, month, day));
+        }
     }
 }
