@@ -244,9 +244,13 @@ fn explanation(e: Explanation) -> v1::Explanation {
     }
 }
 
-/// A migration of which nothing is written down: neither VMM was touched, so the guest is where it was.
+/// A migration of which nothing is written down: neither VMM was touched, so the guest is where it was; unless it has moved, and
+/// its journal was taken away.
 pub(crate) fn unwritten(s: Status) -> v1::Explanation {
+    let moved = s.phase == Phase::Completed;
     let next = match (s.role, s.phase.is_end()) {
+        // Its journal is gone since.
+        _ if moved => "the guest is at the destination",
         (Role::Source, true) => {
             "the guest is here, untouched; put the cause right and start the migration again"
         }
@@ -260,7 +264,7 @@ pub(crate) fn unwritten(s: Status) -> v1::Explanation {
         role: s.role,
         peer: s.peer.clone(),
         phase: s.status.clone(),
-        owner: "source".to_owned(),
+        owner: if moved { "destination" } else { "source" }.to_owned(),
         cause: s.error.clone(),
         next: next.to_owned(),
         timeline: Vec::new(),

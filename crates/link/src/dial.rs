@@ -7,7 +7,8 @@ use std::time::Duration;
 use dwcp_proto::NodeName;
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::{TlsConnector, TlsStream};
 
 use crate::connection::Connection;
@@ -15,6 +16,9 @@ use crate::error::{Dialled, LinkError};
 use crate::identity::Identity;
 use crate::tcp::{Socket, Tuning};
 use crate::tls;
+
+/// Between two attempts to connect that go on beside each other.
+const BESIDE: Duration = Duration::from_millis(800);
 
 /// How long to try, and how to tune what comes of it.
 #[derive(Debug, Clone)]
@@ -73,7 +77,7 @@ pub async fn dial_plain(addr: SocketAddr, options: &DialOptions) -> Result<Conne
 
 async fn connect(addr: SocketAddr, options: &DialOptions) -> Result<(TcpStream, Socket), LinkError> {
     let after = options.connect_timeout;
-    let stream = match timeout(after, TcpStream::connect(addr)).await {
+    let stream = match timeout(after, first_to_stand(addr)).await {
         Ok(stream) => stream.map_err(|error| LinkError::of_connect(addr, error))?,
         Err(_) => return Err(LinkError::ConnectTimeout { addr, after }),
     };
@@ -81,4 +85,16 @@ async fn connect(addr: SocketAddr, options: &DialOptions) -> Result<(TcpStream, 
     options.tuning.apply(&stream).map_err(lost)?;
     let socket = Socket::of(&stream).map_err(lost)?;
     Ok((stream, socket))
+}
+/// A first packet that was lost the kernel sends again after 1, 2, then 4 s; over a link that is back meanwhile nothing would flow until
+/// then. So a further attempt begins beside those before, and the first that stands is taken.
+async fn first_to_stand(addr: SocketAddr) -> std::io::Result<TcpStream> {
+    let mut attempts = JoinSet::new();
+    loop {
+        attempts.spawn(TcpStream::connect(addr));
+        tokio::select! {
+            Some(Ok(done)) = attempts.join_next() => return done,
+            () = sleep(BESIDE) => {}
+        }
+    }
 }

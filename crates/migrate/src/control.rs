@@ -25,6 +25,9 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(4);
 /// Between two attempts to connect again: data flows again well within a second of the link's return.
 pub(crate) const RETRY: Duration = Duration::from_millis(200);
+/// For so long nothing may come on a data connection, while the destination waits for just what was sent there, before it counts as
+/// stalled. Beyond what TCP needs to send three times again what a lossy link of 300 ms lost.
+pub(crate) const STALLED: Duration = Duration::from_secs(3);
 /// Between two acknowledgements: each costs both ends a record of TLS, and a window of two milliseconds is small everywhere.
 const ACK_PAUSE: Duration = Duration::from_millis(2);
 /// The same, to a peer that refuses.

@@ -2,7 +2,8 @@
 //!
 //! They are compiled in with the feature `fault-points` only, which no released program has. The variable `DWCP_FAULT`
 //! names the point: `before.journal.Commit`, `after.send.Receipt`, `before.vmm.Cont` and so on, whatever the handover's
-//! machine asks for; [`pilot`](crate::pilot) has them all. The first process to come to it ends there.
+//! machine asks for; [`pilot`](crate::pilot) has them all. The first process to come to it ends there. At
+//! `fails.sync.Commit` and so on the disk takes a line of the journal and does not sync it, each time.
 
 /// Dies here if this point is the one that `DWCP_FAULT` names: a moment, a kind of action, and the action, of which
 /// the variant's name counts.
@@ -17,14 +18,20 @@ pub(crate) use fault_point;
 /// See [`fault_point`].
 #[cfg(feature = "fault-points")]
 pub(crate) fn strike(moment: &str, kind: &str, action: &dyn std::fmt::Debug) {
+    if is_named(moment, kind, action) {
+        eprintln!("fault point {moment}.{kind}");
+        std::process::abort();
+    }
+}
+
+/// Whether `DWCP_FAULT` names this point.
+#[cfg(feature = "fault-points")]
+pub(crate) fn is_named(moment: &str, kind: &str, action: &dyn std::fmt::Debug) -> bool {
     use std::sync::LazyLock;
 
     static NAMED: LazyLock<Option<String>> = LazyLock::new(|| std::env::var("DWCP_FAULT").ok());
-    let Some(named) = &*NAMED else { return };
+    let Some(named) = &*NAMED else { return false };
     let action = format!("{action:?}");
     let variant = action.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
-    if *named == format!("{moment}.{kind}.{variant}") {
-        eprintln!("fault point {named}");
-        std::process::abort();
-    }
+    *named == format!("{moment}.{kind}.{variant}")
 }

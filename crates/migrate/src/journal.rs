@@ -105,25 +105,26 @@ pub(crate) fn retire(live: &Path) -> io::Result<()> {
     let target = free.unwrap_or_else(|| archived(live, MAX_ATTEMPTS));
     fs::rename(live, &target)?;
     match target.parent() {
-        Some(folder) => prune(folder, SystemTime::now()),
+        Some(folder) => prune(folder),
         None => Ok(()),
     }
 }
 
-/// Removes what is too old or too much of an archive.
-fn prune(folder: &Path, now: SystemTime) -> io::Result<()> {
-    let mut kept = Vec::new();
+/// Removes what is too much of an archive, or too old beside its newest journal: a clock that is wrong costs none.
+fn prune(folder: &Path) -> io::Result<()> {
+    let mut all = Vec::new();
     for file in fs::read_dir(folder)? {
         let file = file?;
-        let written = file.metadata()?.modified()?;
-        match now.duration_since(written).is_ok_and(|age| age > ARCHIVED_FOR) {
-            true => fs::remove_file(file.path())?,
-            false => kept.push((written, file.path())),
-        }
+        all.push((file.metadata()?.modified()?, file.path()));
     }
-    kept.sort();
-    for (_, path) in &kept[..kept.len().saturating_sub(MAX_ARCHIVED)] {
-        fs::remove_file(path)?;
+    all.sort();
+    let Some((newest, _)) = all.last().cloned() else { return Ok(()) };
+    let surplus = all.len().saturating_sub(MAX_ARCHIVED);
+    for (n, (written, path)) in all.iter().enumerate() {
+        let old = newest.duration_since(*written).is_ok_and(|age| age > ARCHIVED_FOR);
+        if old || n < surplus {
+            fs::remove_file(path)?;
+        }
     }
     Ok(())
 }
@@ -212,7 +213,14 @@ impl Journal {
                 return Err(error.into());
             }
         };
+        #[cfg(feature = "fault-points")]
+        let broken = crate::fault::is_named("fails", "sync", &entry);
         let task = tokio::task::spawn_blocking(move || {
+            #[cfg(feature = "fault-points")]
+            if broken {
+                let _ = inner.file.write_all(line.text.as_bytes());
+                return (inner, Err(io::Error::from_raw_os_error(rustix::io::Errno::IO.raw_os_error())));
+            }
             let started = Instant::now();
             let outcome = inner.append(line.text.as_bytes(), sync);
             if outcome.is_ok() {
@@ -290,7 +298,7 @@ mod tests {
         }
         let ancient = File::create(dir.path().join("ancient")).unwrap();
         ancient.set_modified(now - ARCHIVED_FOR - Duration::from_secs(1)).unwrap();
-        prune(dir.path(), now).unwrap();
+        prune(dir.path()).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), MAX_ARCHIVED);
         let exists = |name: String| dir.path().join(name).exists();
         assert!(!exists("ancient".into()) && !exists((MAX_ARCHIVED + 1).to_string()) && exists("0".into()));

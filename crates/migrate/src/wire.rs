@@ -23,6 +23,9 @@ pub(crate) enum WireError {
     /// The peer closed it.
     #[error("the peer closed the connection")]
     Closed,
+    /// The peer waits for what was written to it long ago.
+    #[error("nothing arrives any more of what is written to the connection")]
+    Stalled,
     /// The peer took too long.
     #[error("the peer did not answer within {0:?}")]
     Timeout(Duration),
@@ -50,7 +53,7 @@ impl WireError {
     pub(crate) fn is_transient(&self) -> bool {
         match self {
             WireError::Link(error) => error.is_transient(),
-            WireError::Closed | WireError::Timeout(_) => true,
+            WireError::Closed | WireError::Stalled | WireError::Timeout(_) => true,
             WireError::Refused(failure) => failure.code == "busy",
             _ => false,
         }
@@ -65,7 +68,7 @@ impl WireError {
             WireError::Closed => {
                 Failure::new("peer_closed", Blame::Link, text, "look at the log of the peer's agent")
             }
-            WireError::Timeout(_) => {
+            WireError::Timeout(_) | WireError::Stalled => {
                 Failure::new("peer_timeout", Blame::Link, text, "check that the peer's agent is alive")
             }
             WireError::Frame(_) | WireError::Message | WireError::Unexpected { .. } => Failure::new(

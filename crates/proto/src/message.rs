@@ -345,6 +345,10 @@ pub struct Ack {
     /// The leg that it speaks of.
     #[prost(uint32, tag = "4")]
     pub leg: u32,
+    /// The data connections on which nothing came for some seconds, while the next chunk or byte was waited for. If that was sent on one
+    /// of them, it has stalled, though it may not look so from either end. Said again for as long as it is so.
+    #[prost(uint32, repeated, tag = "5")]
+    pub silent: Vec<u32>,
 }
 
 /// A chunk is wanted again: its payload did not match its digest.

@@ -2,7 +2,8 @@
 //!
 //! # States and invariants
 //! The machine knows the path that the data is on, when it came there, and since when v3 has been allowed without a break.
-//! - v3 is left as soon as anything forbids it, at most once a second.
+//! - v3 is left as soon as anything forbids it, at most once a second; where it must be left and the second is not over, it is
+//!   [`leaving`](PathChoice::leaving): nothing is sent meanwhile.
 //! - v3 is entered only after it has been allowed for `patience` without a break, unless an operator asks: a flag that flaps does not
 //!   make a fleet turn back and forth, and a fleet does not turn as one.
 //! - `--path v1` stays v1 whatever the flag says; an operator's later word replaces it.
@@ -180,6 +181,11 @@ impl PathChoice {
         (self.wait(now) == Duration::ZERO).then_some(change)
     }
 
+    /// Whether something forbids the v3 that the data is on: nothing more should be sent on it, though the change may have to wait.
+    pub fn leaving(&self) -> bool {
+        self.path == Path::V3 && self.against_staying().is_some()
+    }
+
     /// When to ask again, if nothing else happens before: `None` if only a new input can change anything.
     pub fn next_poll(&self, now: Duration) -> Option<Duration> {
         if self.wanted(now).is_some() {
@@ -290,7 +296,9 @@ mod tests {
         choice.permit(permit(false), seconds(5.0));
         let change = choice.poll(seconds(5.0)).unwrap();
         assert_eq!((change.to, change.cause, change.reason.as_str()), (Path::V1, Cause::Flag, "flag off"));
+        assert!(choice.leaving());
         choice.changed(Path::V1, seconds(5.0));
+        assert!(!choice.leaving());
         choice.permit(permit(true), seconds(10.0));
         assert_eq!(choice.poll(seconds(109.9)), None);
         assert_eq!(choice.next_poll(seconds(109.0)), Some(seconds(1.0)));

@@ -175,6 +175,11 @@ impl Receiver {
         seq >= self.next && !applying && !self.waiting.contains_key(&seq)
     }
 
+    /// Whether the next chunk is here, or being applied: then nothing is waited for.
+    pub fn has_next(&self) -> bool {
+        self.applying.is_some() || self.waiting.get(&self.next).is_some_and(|w| w.verified)
+    }
+
     /// The next chunk to apply, if it is here and the one before was applied.
     pub fn poll_apply(&mut self) -> Result<Option<ChunkHeader>, Violation> {
         if self.applying.is_some() || !self.waiting.get(&self.next).is_some_and(|w| w.verified) {

@@ -54,6 +54,8 @@ struct Entry {
     end: StreamOffset,
     link: Option<LinkId>,
     first_sent: Option<Duration>,
+    /// When it was handed to `link`.
+    handed: Duration,
     nacks: u32,
 }
 
@@ -117,7 +119,15 @@ impl Sender {
     /// VMM's stream.
     pub fn push(&mut self, wire: u64, weight: u64, end: StreamOffset) -> Seq {
         let seq = Seq(self.base.0 + self.entries.len() as u64);
-        self.entries.push_back(Entry { wire, weight, end, link: None, first_sent: None, nacks: 0 });
+        self.entries.push_back(Entry {
+            wire,
+            weight,
+            end,
+            link: None,
+            first_sent: None,
+            handed: Duration::ZERO,
+            nacks: 0,
+        });
         self.unacked_weight += weight;
         self.unacked_wire += wire;
         self.waiting.insert(seq);
@@ -147,7 +157,7 @@ impl Sender {
         self.pace.sent(now);
         *self.links.entry(link).or_default() += 1;
         if let Some(entry) = self.entries.get_mut((seq.0 - self.base.0) as usize) {
-            entry.link = Some(link);
+            (entry.link, entry.handed) = (Some(link), now);
             match entry.first_sent {
                 None => entry.first_sent = Some(now),
                 Some(_) => self.retransmitted += 1,
@@ -214,6 +224,13 @@ impl Sender {
             self.waiting.insert(seq);
         }
         Ok(())
+    }
+
+    /// Whether the chunk that everything waits for was handed to this connection at least `patience` ago. A peer that says that
+    /// nothing comes from there has not just missed it: the connection has stalled.
+    pub fn waits_on(&self, link: LinkId, patience: Duration, now: Duration) -> bool {
+        let oldest = self.entries.front().filter(|entry| entry.link == Some(link));
+        oldest.is_some_and(|entry| now.saturating_sub(entry.handed) >= patience)
     }
 
     /// Whether everything pushed was acknowledged.
@@ -286,6 +303,25 @@ mod tests {
         assert_eq!(sender.poll_transmit(T), Some((LinkId(2), Seq(2))));
         assert_eq!(sender.poll_transmit(T), None);
         assert_eq!(sender.retransmitted(), 1);
+    }
+
+    #[test]
+    fn a_connection_holds_up_only_what_it_was_handed() {
+        let second = Duration::from_secs(1);
+        let mut sender = filled(3);
+        sender.link_up(LinkId(0));
+        sender.link_up(LinkId(1));
+        while sender.poll_transmit(T).is_some() {}
+        assert!(sender.waits_on(LinkId(0), second, T + second));
+        assert!(!sender.waits_on(LinkId(0), second, second), "it may be on its way");
+        assert!(!sender.waits_on(LinkId(1), second, T + second), "chunk 1 is not what is missing");
+        sender.link_down(LinkId(0));
+        assert!(!sender.waits_on(LinkId(0), second, T + second));
+        sender.link_up(LinkId(2));
+        assert_eq!(sender.poll_transmit(second), Some((LinkId(2), Seq(0))));
+        assert!(!sender.waits_on(LinkId(2), second, second), "it was handed there only now");
+        sender.ack(Seq(1), StreamOffset(1000), second).unwrap();
+        assert!(sender.waits_on(LinkId(1), second, T + second));
     }
 
     #[test]

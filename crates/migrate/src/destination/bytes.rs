@@ -10,6 +10,7 @@ use tokio::io::AsyncReadExt;
 use tracing::info;
 
 use super::land::{Landed, Landing, Order, ended};
+use super::silence::{Waiting, look};
 use crate::error::{Blame, Failure};
 use crate::wire::WireError;
 
@@ -22,6 +23,8 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
     let mut digest = BytesDigest::new(leg);
     let mut buffer = BytesMut::with_capacity(BUFFER);
     let mut length = None;
+    let waiting = Waiting::default();
+    let mut look = look();
     loop {
         let applied = landing.sink.applied();
         if let Some(length) = length {
@@ -40,6 +43,10 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
             }
         }
         tokio::select! {
+            _ = look.tick() => {
+                let silent = connection.is_some() && waiting.in_vain();
+                landing.silent(if silent { vec![0] } else { Vec::new() });
+            }
             read = read(&mut connection, &mut buffer) => match read {
                 Ok(0) => drop(lost(&mut connection, WireError::Closed)),
                 Ok(bytes) => {
@@ -51,6 +58,7 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
                     landing.incoming.counters.wire.add(bytes as u64);
                     let applied = landing.sink.applied();
                     landing.acknowledge(Ack { applied, leg: leg.number, ..Ack::default() });
+                    waiting.begins();
                 }
                 Err(error) => drop(lost(&mut connection, error.into())),
             },
@@ -67,6 +75,7 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
                 Some(arrival) => if let Some(arrival) = landing.admit(arrival, leg).await {
                     // The one before, if any, is closed: from here on only the new one counts.
                     connection = arrival.accept(&landing.incoming.session, 0, applied).await.ok();
+                    waiting.begins();
                 },
                 None => return Err(ended()),
             },

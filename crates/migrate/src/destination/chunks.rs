@@ -30,6 +30,7 @@ use tracing::{Instrument, info, warn};
 use super::Incoming;
 use super::land::{Landed, Landing, Order, ended};
 use super::replay::{Held, Replayed};
+use super::silence::{Waiting, look};
 use crate::error::{Blame, Failure};
 use crate::handshake::Arrival;
 use crate::pool::Share;
@@ -78,7 +79,8 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
     let verifier = Verifier::new(leg.id, incoming.session.peer.clone());
     let (events_tx, mut events) = mpsc::channel(16);
     let mut links = JoinSet::new();
-    let mut serving: HashMap<u32, AbortHandle> = HashMap::new();
+    let mut serving: HashMap<u32, (AbortHandle, Waiting)> = HashMap::new();
+    let mut look = look();
     let mut decoding = FuturesUnordered::new();
     loop {
         tokio::select! {
@@ -116,7 +118,9 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
             },
             arrival = landing.arrivals.recv() => match arrival {
                 Some(arrival) => if let Some(arrival) = landing.admit(arrival, leg).await {
+                    let waiting = Waiting::default();
                     let link = Link {
+                        waiting: waiting.clone(),
                         receiver: stage.receiver.clone(),
                         verifier: verifier.clone(),
                         share: incoming.share.clone(),
@@ -127,12 +131,17 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
                     // The source has given the old connection up, though it may not look lost from here.
                     let index = arrival.link;
                     let task = links.spawn(link.serve(arrival).in_current_span());
-                    if let Some(old) = serving.insert(index, task) {
+                    if let Some((old, _)) = serving.insert(index, (task, waiting)) {
                         old.abort();
                     }
                 },
                 None => return Err(ended()),
             },
+            _ = look.tick() => {
+                let waits = stage.stuck.is_none() && !lock(&stage.receiver).has_next();
+                let silent = serving.iter().filter(|(_, (_, waiting))| waits && waiting.in_vain());
+                landing.silent(silent.map(|(index, _)| *index).collect());
+            }
             () = async { sleep_until(stage.stuck.unwrap_or_else(Instant::now)).await }, if stage.stuck.is_some() => {
                 let text = "a page did not prove itself, and the source did not go on without it";
                 return Err(Failure::new("delta_base", Blame::PeerMisbehaving, text, "try again"));
@@ -244,7 +253,8 @@ impl Stage {
                 (receiver.next(), receiver.offset().0, receiver.root())
             };
             self.refusals.retain(|seq, _| *seq >= next);
-            landing.acknowledge(Ack { next: next.0, applied, refused: self.wanted(), leg: self.leg });
+            let refused = self.wanted();
+            landing.acknowledge(Ack { next: next.0, applied, refused, leg: self.leg, silent: Vec::new() });
             if let Some(root) = root {
                 return Ok(Some(Transfer { stream_len: applied, root }));
             }
@@ -272,6 +282,7 @@ struct Link {
     refers: bool,
     incoming: Incoming,
     events: mpsc::Sender<LinkEvent>,
+    waiting: Waiting,
 }
 
 impl Link {
@@ -286,7 +297,10 @@ impl Link {
             return;
         };
         loop {
-            match self.read_chunk(&mut reader).await {
+            self.waiting.begins();
+            let read = self.read_chunk(&mut reader).await;
+            self.waiting.ends();
+            match read {
                 Ok(()) => {}
                 Err(ReadError::Wire(error)) if error.is_transient() => {
                     info!(link, %error, "data connection lost");
@@ -332,7 +346,9 @@ impl Link {
             if limited.read_buf(&mut payload).await.map_err(WireError::from)? == 0 {
                 return Err(WireError::Closed.into());
             }
+            self.waiting.begins();
         }
+        self.waiting.ends();
         self.incoming.counters.wire.add((SIGNED_HEADER_LEN + dwcp_proto::frame::HEAD_LEN + len) as u64);
         if admission == Admission::Duplicate {
             return Ok(());

@@ -264,6 +264,15 @@ impl Landing {
         self.incoming.distrust.store(true, Relaxed);
     }
 
+    /// The data connections on which nothing comes though it is waited for; said again at each look for as long as there are any.
+    pub(crate) fn silent(&self, silent: Vec<u32>) {
+        self.acks.send_if_modified(|ack| {
+            let news = !silent.is_empty() || !ack.silent.is_empty();
+            ack.silent = silent;
+            news
+        });
+    }
+
     /// Something was applied: the source may forget it.
     pub(crate) fn acknowledge(&self, ack: Ack) {
         self.acks.send_replace(ack);

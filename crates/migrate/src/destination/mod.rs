@@ -11,6 +11,7 @@ mod kept;
 mod land;
 mod replay;
 mod run;
+mod silence;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

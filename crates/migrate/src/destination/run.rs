@@ -70,8 +70,9 @@ pub(super) struct Run {
     acks: watch::Sender<Ack>,
     rejoins: mpsc::Sender<Arrival>,
     data: Option<mpsc::Sender<Arrival>>,
-    /// The source's orders to the data path.
-    orders: Option<mpsc::Sender<Order>>,
+    /// The source's orders to the data path, which may come before it has begun.
+    orders: mpsc::Sender<Order>,
+    ordered: Option<mpsc::Receiver<Order>>,
     /// The changes of path that were made.
     turns_tx: mpsc::Sender<Turned>,
     turns: mpsc::Receiver<Turned>,
@@ -110,6 +111,7 @@ impl Run {
         rejoins: mpsc::Sender<Arrival>,
     ) -> Self {
         let (turns_tx, turns) = mpsc::channel(TURNS);
+        let (orders, ordered) = mpsc::channel(ORDERS);
         Run {
             shared: shared.clone(),
             report: report.clone(),
@@ -119,7 +121,8 @@ impl Run {
             acks,
             rejoins,
             data: None,
-            orders: None,
+            orders,
+            ordered: Some(ordered),
             turns_tx,
             turns,
             path: incoming.session.leg.path,
@@ -283,10 +286,9 @@ impl Run {
             Some(sink) => sink,
             None => self.open(&qemu).await?,
         };
+        let Some(orders) = self.ordered.take() else { return Ok(()) };
         let (data_tx, data) = mpsc::channel(ARRIVALS);
         self.data = Some(data_tx);
-        let (orders_tx, orders) = mpsc::channel(ORDERS);
-        self.orders = Some(orders_tx);
         let (incoming, acks) = (self.incoming.clone(), self.acks.clone());
         let ram = self.ram.take();
         let control = self.control.clone();
@@ -342,9 +344,12 @@ impl Run {
 
     /// Passes the source's order on to the data path.
     async fn order(&mut self, order: Order) {
-        // An ended data path has everything; before it began the source has nothing to order.
-        if let Some(orders) = &self.orders {
-            let _ = orders.send(order).await;
+        if self.ordered.is_some() {
+            // The data path has not begun. More than it can take is said again, or was never due.
+            let _ = self.orders.try_send(order);
+        } else {
+            // An ended data path has everything.
+            let _ = self.orders.send(order).await;
         }
     }
 

@@ -21,7 +21,7 @@ use super::Outgoing;
 use super::carry::{Carried, Peer, beyond_end, restarted};
 use super::helm::Helm;
 use super::reel::Reel;
-use crate::control::{Control, DataEvent, RETRY};
+use crate::control::{Control, DataEvent, RETRY, STALLED};
 use crate::error::{Blame, Failure};
 use crate::wire::WireError;
 
@@ -111,6 +111,10 @@ pub(crate) struct Ring {
     told: bool,
     /// Since when something is unacknowledged.
     busy_since: Option<Instant>,
+    /// When something was last written, or applied by the destination.
+    moved: Instant,
+    /// The destination waits for what was written to the present connection long ago.
+    stalled: bool,
     receipt: watch::Receiver<Option<Transfer>>,
 }
 
@@ -126,6 +130,8 @@ impl Ring {
             written: leg.from.0,
             told: false,
             busy_since: None,
+            moved: Instant::now(),
+            stalled: false,
             out,
         }
     }
@@ -159,12 +165,14 @@ impl Ring {
         helm: &mut Helm,
     ) -> Result<Option<Change>, Failure> {
         match said {
-            Some(DataEvent::Ack(Ack { applied, leg, .. })) if leg == self.leg.number => {
+            Some(DataEvent::Ack(Ack { applied, leg, silent, .. })) if leg == self.leg.number => {
                 let rtt = self.out.counters.rtt_us.load();
                 if rtt > 0 {
                     self.pace.round_trip(Duration::from_micros(rtt));
                 }
                 self.trim(reel, applied)?;
+                let waits = self.written > reel.applied() && self.moved.elapsed() >= STALLED;
+                self.stalled = waits && !silent.is_empty();
             }
             Some(DataEvent::Up) => {
                 if let Some(length) = reel.length() {
@@ -192,6 +200,7 @@ impl Ring {
         let bytes = reel.applied() - before;
         let idle = reel.applied() == reel.handed();
         if bytes > 0 {
+            self.moved = Instant::now();
             self.pace.acked(bytes, self.now(), idle);
             self.out.counters.rate.set(self.pace.rate() as u64);
         }
@@ -227,6 +236,7 @@ impl Ring {
         };
         tokio::pin!(silence);
         let mut flushed = true;
+        (self.moved, self.stalled) = (Instant::now(), false);
         loop {
             if let Some(transfer) = self.delivered(reel)? {
                 return Ok(Ended::Leg(Carried::All(transfer)));
@@ -251,6 +261,7 @@ impl Ring {
                 }, if wait.is_zero() && (unwritten.is_some() || !flushed) => match wrote {
                     Ok(0) if unwritten.is_some() => return Ok(Ended::Connection(WireError::Closed)),
                     Ok(bytes) => {
+                        self.moved = Instant::now();
                         flushed = unwritten.is_none();
                         self.written += bytes as u64;
                         let now = self.now();
@@ -267,6 +278,9 @@ impl Ring {
                 said = peer.recv() => if let Some(change) = self.hear(said, reel, control, helm).await? {
                     gauge.cut();
                     return Ok(Ended::Leg(Carried::Turn(change)));
+                } else if std::mem::take(&mut self.stalled) {
+                    gauge.cut();
+                    return Ok(Ended::Connection(WireError::Stalled));
                 },
                 Ok(()) = self.receipt.changed() => {}
                 error = &mut silence => return Ok(Ended::Connection(error)),

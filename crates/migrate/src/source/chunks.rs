@@ -29,7 +29,7 @@ use super::Outgoing;
 use super::carry::{Carried, Peer, restarted};
 use super::helm::Helm;
 use super::reel::Reel;
-use crate::control::{DataEvent, RETRY};
+use crate::control::{DataEvent, RETRY, STALLED};
 use crate::error::{Blame, Failure};
 use crate::handshake::{Dialler, nonce};
 use crate::pool::Worker;
@@ -68,7 +68,7 @@ pub(crate) async fn send(
     let mut encoding = FuturesOrdered::new();
     let mut receipt = out.receipt.subscribe();
     loop {
-        let wait = stage.pump();
+        let wait = if helm.holds() && !stage.ending() { None } else { stage.pump() };
         if let Some(transfer) = stage.delivered(*receipt.borrow_and_update()) {
             return Ok((Carried::All(transfer), stage));
         }
@@ -361,7 +361,7 @@ impl Stage {
         for latency in acked.latencies {
             self.out.metrics.v3_acknowledged(self.mode, latency);
         }
-        for refusal in ack.refused {
+        for refusal in &ack.refused {
             debug!(
                 seq = refusal.seq,
                 times = refusal.times,
@@ -369,10 +369,23 @@ impl Stage {
             );
             self.sender.nack(Seq(refusal.seq), refusal.times).map_err(broken)?;
         }
+        self.stalled(&ack.silent);
         if self.sender.is_idle() {
             self.idle();
         }
         Ok(())
+    }
+
+    /// Ends the connection on which the oldest chunk has stalled, if the destination names it as silent: it goes on over another.
+    fn stalled(&mut self, silent: &[u32]) {
+        let now = self.now();
+        let silent = silent.iter().filter_map(|link| u16::try_from(*link).ok()).map(LinkId);
+        for link in silent.filter(|link| self.sender.waits_on(*link, STALLED, now)) {
+            if let Some((_, gauge)) = self.links.get(&link) {
+                info!(%link, "data connection has stalled");
+                gauge.cut();
+            }
+        }
     }
 
     /// Nothing is on its way any more.

@@ -85,6 +85,11 @@ impl Helm {
         }
     }
 
+    /// Whether nothing more may be sent on v3 before the path changes; a switchover that has begun is finished.
+    pub(crate) fn holds(&self) -> bool {
+        self.choice.leaving() && !*self.stopped.borrow()
+    }
+
     /// What the destination says of v3.
     pub(crate) fn veto(&mut self, reason: &str) {
         let veto = (!reason.is_empty()).then(|| words(reason));

@@ -285,8 +285,23 @@ impl Run {
                     }
                 }
                 Step::AcceptStream => {}
-                Step::Finished(outcome) => self.outcome = Some(outcome),
+                Step::Finished(outcome) => {
+                    self.hold_receipt();
+                    self.outcome = Some(outcome);
+                }
             }
+        }
+    }
+
+    /// A receipt for something else than what was delivered is the destination's own word, well signed, and a lie.
+    fn hold_receipt(&mut self) {
+        if let (Some(receipt), Some(delivered), None) = (self.pilot.receipt, self.transfer, &self.failure)
+            && receipt != delivered
+        {
+            self.shared.metrics.byzantine_attempt("forged_receipt");
+            let text = "the destination gave a receipt for something else than what was delivered to it";
+            let hint = AbortReason::Integrity.advice();
+            self.failure = Some(Failure::new("forged_receipt", Blame::PeerMisbehaving, text, hint));
         }
     }
 
