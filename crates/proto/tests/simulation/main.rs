@@ -18,6 +18,8 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (7, "a refusal said again on a new connection counted as another one"),
     (41, "small chunks ran ahead of what the receiver reorders"),
     (102, "the second copy was dropped, then the first broke off, and nobody sent a third"),
+    (2938, "v3 was entered while the flag forbade it, and stayed for a second"),
+    (4933, "an order that came before the data path had begun was dropped"),
 ];
 
 fn holds(result: Result<End, Broken>) -> End {
@@ -54,6 +56,7 @@ fn many_worlds() {
         [tally.moved, tally.aborted, tally.second, tally.duplicates, tally.second_copies, tally.altered];
     let happened = happened.into_iter().chain([tally.breaks, tally.cuts, tally.failed_writes]);
     let happened = happened.chain(tally.crashes).chain(tally.vmm_deaths).chain([tally.refused_commands]);
+    let happened = happened.chain(tally.turns);
     assert!(happened.min() > Some(0), "{tally:#?}");
 }
 
@@ -141,4 +144,12 @@ fn every_broken_rule_is_found() {
     found(Mutant::CommitBeforeJournal, "I1");
     found(Mutant::NoStopWhileIncoming, "I1");
     found(Mutant::NoResend, "stuck");
+    found(Mutant::ReelNotRewound, "does not follow");
+    found(Mutant::TurnsBehind, "stopped at byte");
+    found(Mutant::SwitchSaidOnce, "stuck");
+    found(Mutant::EarlyOrderLost, "stuck");
+    found(Mutant::SwitchedSaidOnce, "stuck");
+    found(Mutant::StreamEndSaidOnce, "stuck");
+    found(Mutant::BytesNotRepeated, "applied after");
+    found(Mutant::FlagIgnored, "v3 sends on");
 }

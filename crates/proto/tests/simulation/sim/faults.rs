@@ -1,5 +1,6 @@
 //! What goes wrong.
 
+use dwcp_proto::Path;
 use dwcp_proto::handover::{AbortReason, Input, VmmState};
 
 use super::agent::Vmm;
@@ -7,6 +8,7 @@ use super::links::{Break, SILENCE};
 use super::net::ConnId;
 use super::queue::{Event, MS, SECOND, Time};
 use super::seal::Seal;
+use super::turn::Word;
 use super::world::{D, S, SIDES, Side, World};
 
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +27,7 @@ enum Fault {
     BadDisk(Side),
     ClockJump,
     Cancel(Side),
+    Word(Word),
 }
 
 impl<X: Seal> World<'_, X> {
@@ -63,6 +66,11 @@ impl<X: Seal> World<'_, X> {
             (w.bad_disk[1], Fault::BadDisk(D)),
             (w.cancel[0], Fault::Cancel(S)),
             (w.cancel[1], Fault::Cancel(D)),
+            (w.flag, Fault::Word(Word::Flag)),
+            (w.veto, Fault::Word(Word::Veto)),
+            (w.trouble, Fault::Word(Word::Trouble)),
+            (w.operator, Fault::Word(Word::Operator(Path::V1))),
+            (w.operator, Fault::Word(Word::Operator(Path::V3))),
         ];
         let mut at = self.rng.below(weighted.iter().map(|(weight, _)| weight).sum());
         weighted.iter().find_map(|&(weight, fault)| {
@@ -130,6 +138,7 @@ impl<X: Seal> World<'_, X> {
                 let wall = &mut self.scenario.clocks[side].wall_ms;
                 *wall = if self.rng.one_in(2) { *wall + jump } else { wall.saturating_sub(jump) };
             }
+            Fault::Word(word) => self.word(word)?,
             Fault::Cancel(side) => {
                 let reason = if side == S { AbortReason::Cancelled } else { AbortReason::Deadline };
                 self.excuse = Some("cancelled");

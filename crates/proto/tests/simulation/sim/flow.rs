@@ -1,13 +1,14 @@
-//! Chunks on their way: made, sent, verified, applied, acknowledged.
+//! Chunks and bytes on their way: made, sent, verified, applied, acknowledged.
 
-use dwcp_proto::Seq;
 use dwcp_proto::chunk::Kind;
 use dwcp_proto::handover::{AbortReason, DestinationPhase, Input};
+use dwcp_proto::message::Ack;
 use dwcp_proto::receiver::Admission;
 use dwcp_proto::sender::{LINK_QUEUE, MAX_NACKS};
+use dwcp_proto::{LinkId, Seq};
 
 use super::agent::Vmm;
-use super::data::wire_bytes;
+use super::data::{Applying, Digest, Incoming, Landing, Load, Piece, Way, wire_bytes};
 use super::net::{ConnId, Said};
 use super::queue::{Event, MS, Time};
 use super::scenario::Mutant;
@@ -24,37 +25,23 @@ impl<X: Seal> World<'_, X> {
 
     /// Lets the source's data path do all that it can.
     pub(crate) fn pump(&mut self) -> Result<(), String> {
-        let now = self.scenario.clocks[0].reads(self.queue.now());
-        loop {
-            let Some(out) = &mut self.outgoing else { return Ok(()) };
-            let Some((link, seq)) = out.sender.poll_transmit(now) else { break };
-            let chunk = seq.0.checked_sub(out.base).and_then(|i| out.kept.get(i as usize));
-            let Some(chunk) = chunk.cloned() else {
-                return Err(format!("chunk {seq} is sent, {} on are unacknowledged", out.base));
-            };
-            self.tally.sent += 1;
-            let Some(&conn) = out.conns.get(&link) else {
-                if self.is(Mutant::LinkDownUntold) {
-                    continue;
-                }
-                return Err(format!("chunk {seq} is for {link}, which is down"));
-            };
-            let queue = &mut self.conns[conn.0 as usize].queue;
-            queue.push_back(chunk);
-            if queue.len() as u32 > LINK_QUEUE {
-                return Err(format!("{} chunks wait for {link}", queue.len()));
-            }
-            self.write(conn);
+        let Some(out) = &self.outgoing else { return Ok(()) };
+        match out.way {
+            Way::Chunks(_) => self.transmit()?,
+            Way::Bytes { .. } => self.stream_out(),
         }
         let room = self.is(Mutant::RoomIgnored);
         let Some(out) = &mut self.outgoing else { return Ok(()) };
-        if out.end.is_none() && !out.producing && (room || out.sender.has_room()) {
+        let wants = out.wants_more(&self.scenario, &self.stream);
+        let hasty = room && out.asked.is_none() && !out.ending(&self.scenario, &self.stream);
+        if !out.producing && (wants || hasty) {
             out.producing = true;
             let delay = self.rng.between(self.scenario.encode / 4, self.scenario.encode);
             let at = (self.queue.now() + delay).max(self.idle_until);
-            self.queue.at(at, Event::Produced(self.agents[0].life));
+            self.queue.at(at, Event::Produced(self.agents[0].life, out.leg.number));
         }
-        let whole = out.finished().filter(|_| !out.delivered && self.agents[0].vmm != Vmm::Migrating);
+        let whole = out.finished(&self.scenario, &self.stream);
+        let whole = whole.filter(|_| !out.delivered && self.agents[0].vmm != Vmm::Migrating);
         if let Some(transfer) = whole {
             out.delivered = true;
             self.agents[0].whole = true;
@@ -63,21 +50,71 @@ impl<X: Seal> World<'_, X> {
         Ok(())
     }
 
-    pub(crate) fn produced(&mut self) -> Result<(), String> {
+    /// Hands chunks to connections.
+    fn transmit(&mut self) -> Result<(), String> {
+        let now = self.scenario.clocks[0].reads(self.queue.now());
+        loop {
+            let Some(out) = &mut self.outgoing else { return Ok(()) };
+            let Way::Chunks(chunks) = &mut out.way else { return Ok(()) };
+            let forward = self.agents[0].vmm != Vmm::Migrating || chunks.end.is_some();
+            let holds = self.helm.holds() && !forward && self.scenario.mutant != Some(Mutant::FlagIgnored);
+            if out.asked.is_some() || holds {
+                return Ok(());
+            }
+            let Some((link, seq)) = chunks.sender.poll_transmit(now) else { return Ok(()) };
+            let chunk = seq.0.checked_sub(chunks.base).and_then(|i| chunks.kept.get(i as usize));
+            let Some(chunk) = chunk.cloned() else {
+                return Err(format!("chunk {seq} is sent, {} on are unacknowledged", chunks.base));
+            };
+            if X::header(&chunk).kind == Kind::Data && X::header(&chunk).end().0 <= out.reel.applied {
+                return Err(format!("chunk {seq} is sent, though it was acknowledged"));
+            }
+            self.tally.sent += 1;
+            let Some(&conn) = out.conns.get(&link) else {
+                if self.is(Mutant::LinkDownUntold) {
+                    continue;
+                }
+                return Err(format!("chunk {seq} is for {link}, which is down"));
+            };
+            let queue = &mut self.conns[conn.0 as usize].queue;
+            queue.push_back(Load::Chunk(chunk));
+            if queue.len() as u32 > LINK_QUEUE {
+                return Err(format!("{} chunks wait for {link}", queue.len()));
+            }
+            self.obedient()?;
+            self.write(conn);
+        }
+    }
+
+    /// Hands bytes to the one connection of v1.
+    fn stream_out(&mut self) {
+        let Some(out) = &mut self.outgoing else { return };
+        let Some(&id) = out.conns.get(&LinkId(0)).filter(|_| out.asked.is_none()) else { return };
+        while self.conns[id.0 as usize].queue.len() < LINK_QUEUE as usize
+            && let Some((piece, word)) = out.next_bytes(&self.stream, &mut self.rng)
+        {
+            self.conns[id.0 as usize].queue.push_back(Load::Bytes(piece, word));
+        }
+        self.write(id);
+    }
+
+    pub(crate) fn produced(&mut self, leg: u32) -> Result<(), String> {
         let vmm = self.agents[0].vmm;
-        let Some(out) = &mut self.outgoing else { return Ok(()) };
+        let Some(out) = self.outgoing.as_mut().filter(|out| out.leg.number == leg) else { return Ok(()) };
         out.producing = false;
         // The stream breaks off where the VMM has died; its agent will hear of it.
-        let whole = out.made == self.scenario.chunks;
+        let whole = self.stream.records() == self.scenario.chunks;
         if vmm != Vmm::Migrating && !(whole && vmm == Vmm::Post) {
             return Ok(());
         }
-        let lengths = self.scenario.lengths(&mut self.rng);
-        out.make(&self.scenario, lengths)?;
-        if out.made == self.scenario.chunks && self.sent_digest.is_none() {
-            self.sent_digest = Some(out.digest);
+        if out.asked.is_none() {
+            out.take(&self.scenario, &mut self.stream, &mut self.rng)?;
+        }
+        if self.stream.records() == self.scenario.chunks && self.sent_digest.is_none() {
+            self.sent_digest = Some(Digest::of(&self.stream));
             self.agents[0].vmm = Vmm::Post;
         }
+        self.tell_end();
         self.pump()
     }
 
@@ -85,9 +122,9 @@ impl<X: Seal> World<'_, X> {
     fn write(&mut self, id: ConnId) {
         let now = self.queue.now();
         let conn = &mut self.conns[id.0 as usize];
-        let Some(chunk) = conn.queue.front().filter(|_| !conn.writing) else { return };
+        let Some(load) = conn.queue.front().filter(|_| !conn.writing) else { return };
         conn.writing = true;
-        let takes = wire_bytes(X::header(chunk)) * self.scenario.ps_per_byte / 1000;
+        let takes = on_the_wire::<X>(load) * self.scenario.ps_per_byte / 1000;
         // A stall holds the writer up too, once the socket's buffer is full.
         let start = now.max(conn.floor[D as usize].saturating_sub(100 * MS));
         self.queue.at(start + takes, Event::Wrote(id));
@@ -97,22 +134,30 @@ impl<X: Seal> World<'_, X> {
         let now = self.queue.now();
         let conn = &mut self.conns[id.0 as usize];
         conn.writing = false;
-        let Some(mut chunk) = conn.queue.pop_front().filter(|_| conn.held[S as usize]) else { return Ok(()) };
+        let Some(mut load) = conn.queue.pop_front().filter(|_| conn.held[S as usize]) else { return Ok(()) };
         if !conn.broken[D as usize] {
-            if self.rng.ppm(self.scenario.altered) && X::header(&chunk).kind == Kind::Data {
-                chunk = X::altered(chunk, self.rng.next());
+            if let Load::Chunk(chunk) = &mut load
+                && self.rng.ppm(self.scenario.altered)
+                && X::header(chunk).kind == Kind::Data
+            {
+                *chunk = X::altered(chunk.clone(), self.rng.next());
                 self.tally.altered += 1;
             }
-            let takes = wire_bytes(X::header(&chunk)) * self.scenario.ps_per_byte / 1000;
-            conn.flight.push_back(chunk);
+            let takes = on_the_wire::<X>(&load) * self.scenario.ps_per_byte / 1000;
             let late = self.scenario.latency + self.rng.below(self.scenario.jitter + 1);
             let header = conn.arrival(D, now, late);
             let payload = conn.arrival(D, header, self.rng.below(takes / 2 + MS / 10));
-            self.queue.at(header, Event::Header(id));
+            if matches!(load, Load::Chunk(_)) {
+                self.queue.at(header, Event::Header(id));
+            }
+            conn.flight.push_back(load);
             self.queue.at(payload, Event::Payload(id));
         }
-        if let (Some(out), Some(link)) = (&mut self.outgoing, conn.link) {
-            out.sender.written(link);
+        if let (Some(out), Some(link)) = (&mut self.outgoing, conn.link)
+            && let Way::Chunks(chunks) = &mut out.way
+            && out.conns.get(&link) == Some(&id)
+        {
+            chunks.sender.written(link);
         }
         self.write(id);
         self.pump()
@@ -122,12 +167,13 @@ impl<X: Seal> World<'_, X> {
         let mutant = self.scenario.mutant;
         let conn = &mut self.conns[id.0 as usize];
         let Some(incoming) = self.incoming.as_mut().filter(|_| conn.held[D as usize]) else { return Ok(()) };
-        let Some(chunk) = conn.flight.front() else { return Ok(()) };
-        let header = incoming.seal.read(chunk)?;
-        let lacks = incoming.receiver.lacks(header.seq);
-        match incoming.admit(&header, mutant)? {
+        let Some(Load::Chunk(chunk)) = conn.flight.front() else { return Ok(()) };
+        let Some(arriving) = incoming.arriving() else { return Err("a chunk on a leg of bytes".into()) };
+        let header = arriving.seal.read(chunk)?;
+        let lacks = arriving.receiver.lacks(header.seq);
+        match arriving.admit(&header, mutant)? {
             Admission::Take if mutant == Some(Mutant::SecondCopyDropped) && !lacks => {
-                incoming.receiver.refused(header.seq);
+                arriving.receiver.refused(header.seq);
                 self.tally.duplicates += 1;
             }
             Admission::Take => {
@@ -141,12 +187,20 @@ impl<X: Seal> World<'_, X> {
 
     pub(crate) fn payload(&mut self, id: ConnId) -> Result<(), String> {
         let conn = &mut self.conns[id.0 as usize];
-        if !conn.held[D as usize] || self.incoming.is_none() {
-            return Ok(());
-        }
-        let Some(chunk) = conn.flight.pop_front() else { return Ok(()) };
+        let Some(incoming) = self.incoming.as_mut().filter(|_| conn.held[D as usize]) else { return Ok(()) };
+        let chunk = match conn.flight.pop_front() {
+            Some(Load::Chunk(chunk)) => chunk,
+            Some(Load::Bytes(piece, word)) => {
+                let Landing::Bytes { pending, .. } = &mut incoming.way else {
+                    return Err("bytes on a leg of chunks".into());
+                };
+                pending.push_back((piece, word));
+                return self.apply();
+            }
+            None => return Ok(()),
+        };
         let Some(seq) = conn.reading.take() else { return Ok(()) };
-        let copy = Some(Copy { life: self.agents[1].life, seq: seq.0, chunk });
+        let copy = Some(Copy { life: self.agents[1].life, leg: incoming.leg.number, seq: seq.0, chunk });
         let number = match self.free.pop() {
             Some(number) => {
                 self.copies[number as usize] = copy;
@@ -164,26 +218,34 @@ impl<X: Seal> World<'_, X> {
 
     /// A copy of a chunk broke off with its connection.
     pub(crate) fn breaks_off(&mut self, seq: Seq) {
-        if let Some(incoming) = &mut self.incoming
+        if let Some(arriving) = self.incoming.as_mut().and_then(Incoming::arriving)
             && self.scenario.mutant != Some(Mutant::BrokenCopyKept)
         {
-            incoming.receiver.refused(seq);
+            arriving.receiver.refused(seq);
         }
     }
 
     pub(crate) fn judged(&mut self, number: u32) -> Result<(), String> {
         let copy = self.copies.get_mut(number as usize).and_then(Option::take);
         self.free.push(number);
-        let Some(Copy { life, seq, chunk }) = copy else { return Err("a copy is judged twice".into()) };
+        let Some(Copy { life, leg, seq, chunk }) = copy else { return Err("a copy is judged twice".into()) };
         let ignored = self.is(Mutant::DigestUnchecked);
         let Some(incoming) = self.incoming.as_mut().filter(|_| life == self.agents[1].life) else {
             return Ok(());
         };
-        match incoming.seal.word(chunk).or(ignored.then_some(7)) {
-            Some(word) => incoming.verified(seq, word, &self.scenario)?,
+        // Of a leg that is over.
+        let Some(arriving) = Some(incoming).filter(|i| i.leg.number == leg).and_then(Incoming::arriving)
+        else {
+            return Ok(());
+        };
+        match arriving.seal.word(chunk).or(ignored.then_some(7)) {
+            Some(word) => arriving.verified(seq, word, &self.scenario)?,
             None => {
-                if incoming.refused(seq) >= MAX_NACKS {
+                if arriving.refused(seq) >= MAX_NACKS {
                     return self.hopeless();
+                }
+                if let Some(incoming) = &mut self.incoming {
+                    incoming.state();
                 }
                 self.acknowledge();
             }
@@ -197,27 +259,31 @@ impl<X: Seal> World<'_, X> {
         self.feed(D, Input::Abort(AbortReason::Integrity))
     }
 
-    fn apply(&mut self) -> Result<(), String> {
+    pub(crate) fn apply(&mut self) -> Result<(), String> {
         let hasty = self.is(Mutant::OrderIgnored);
         let again = self.is(Mutant::DuplicateApplied);
         let Some(incoming) = &mut self.incoming else { return Ok(()) };
-        if hasty || again {
-            let next = incoming.receiver.next().0;
+        if (hasty || again)
+            && let Some(arriving) = incoming.arriving()
+        {
+            let next = arriving.receiver.next().0;
             let odd =
-                incoming.ready.keys().copied().find(|seq| if hasty { *seq > next } else { *seq < next });
+                arriving.ready.keys().copied().find(|seq| if hasty { *seq > next } else { *seq < next });
             if let Some(seq) = odd {
-                let word = incoming.ready.remove(&seq);
-                let offset = incoming.receiver.offset().0;
-                return incoming.sink(seq, Kind::Data, offset, 1, word);
+                let word = arriving.ready.remove(&seq);
+                let piece = Piece { offset: incoming.offset + 1, len: 1 };
+                return incoming.sink(piece, word, &self.stream, &mut self.digest);
             }
         }
-        if let Some(header) = incoming.apply()? {
-            let takes = u64::from(header.stream_len) * self.scenario.sink_ps / 1000 + self.rng.below(20_000);
+        if let Some(applying) = incoming.apply()? {
+            let takes = applying.len() * self.scenario.sink_ps / 1000 + self.rng.below(20_000);
             let now = self.queue.now();
             // It stands still until then, or crawls.
             let late = self.slow_until.saturating_sub(now).min(self.slowness);
             self.queue.at(now + late + takes, Event::Applied(self.agents[1].life));
-            if self.is(Mutant::AckBeforeApplied) {
+            if let Applying::Chunk(header) = &applying
+                && self.is(Mutant::AckBeforeApplied)
+            {
                 self.outdated_ack(header.seq.0 + 1);
             }
         }
@@ -234,13 +300,11 @@ impl<X: Seal> World<'_, X> {
 
     pub(crate) fn applied(&mut self) -> Result<(), String> {
         let Some(incoming) = &mut self.incoming else { return Ok(()) };
-        incoming.applied()?;
+        incoming.applied(&self.stream, &mut self.digest)?;
         self.tally.applied += 1;
-        if incoming.receiver.root().is_some() {
-            let takes = self.rng.between(MS, 50 * MS);
-            self.queue.after(takes, Event::Loaded(self.agents[1].life));
-        }
         self.acknowledge();
+        self.arrives();
+        self.judge()?;
         self.apply()
     }
 
@@ -271,22 +335,38 @@ impl<X: Seal> World<'_, X> {
         }
     }
 
+    /// The VMM has everything, and loads it.
+    pub(crate) fn arrives(&mut self) {
+        let Some(incoming) = &self.incoming else { return };
+        if incoming.finished().is_some() && !self.loading {
+            self.loading = true;
+            let takes = self.rng.between(MS, 50 * MS);
+            self.queue.after(takes, Event::Loaded(self.agents[1].life));
+        }
+    }
+
     /// The source hears what was applied or refused.
-    pub(crate) fn told(&mut self, said: Said) -> Result<(), String> {
+    pub(crate) fn acknowledged(&mut self, ack: &Ack) -> Result<(), String> {
         let now = self.scenario.clocks[0].reads(self.queue.now());
         let ignored = self.is(Mutant::RefusalIgnored);
         let Some(out) = &mut self.outgoing else { return Ok(()) };
-        match said {
-            Said::Ack(ack) => {
-                out.acked(ack.next, ack.applied, now)?;
-                for refusal in ack.refused.iter().filter(|_| !ignored) {
-                    let refused = out.sender.nack(Seq(refusal.seq), refusal.times);
-                    refused.map_err(|e| format!("an honest destination: {e}"))?;
-                }
-            }
-            Said::Handover(_) => {}
+        if out.asked.is_some() || ack.leg != out.leg.number {
+            return Ok(());
         }
-        self.tally.retransmitted = self.tally.retransmitted.max(out.sender.retransmitted());
+        match &mut out.way {
+            Way::Chunks(chunks) => {
+                if ack.next >= chunks.base {
+                    chunks.acked(ack.next, ack.applied, now)?;
+                    for refusal in ack.refused.iter().filter(|_| !ignored) {
+                        let refused = chunks.sender.nack(Seq(refusal.seq), refusal.times);
+                        refused.map_err(|e| format!("an honest destination: {e}"))?;
+                    }
+                    out.reel.trim(ack.applied);
+                }
+                self.tally.retransmitted = self.tally.retransmitted.max(chunks.sender.retransmitted());
+            }
+            Way::Bytes { .. } => out.reel.trim(ack.applied),
+        }
         self.pump()
     }
 
@@ -294,14 +374,17 @@ impl<X: Seal> World<'_, X> {
     pub(crate) fn loaded(&mut self) -> Result<(), String> {
         let stops = !self.is(Mutant::NoStopWhileIncoming);
         let Some(incoming) = &self.incoming else { return Ok(()) };
-        if Some(incoming.digest) != self.sent_digest {
+        if Some(self.digest) != self.sent_digest {
             return Err("I3: the destination loaded something else than the source sent".into());
         }
-        if !incoming.ready.is_empty() || incoming.applying.is_some() {
+        let left = match &incoming.way {
+            Landing::Chunks(arriving) => !arriving.ready.is_empty(),
+            Landing::Bytes { pending, .. } => !pending.is_empty(),
+        };
+        if left || incoming.applying.is_some() {
             return Err("something is left after the end".into());
         }
-        let root = incoming.receiver.root().unwrap_or_default();
-        let stream_len = incoming.receiver.offset().0;
+        let Some(transfer) = incoming.finished() else { return Err("it loads what is not whole".into()) };
         let agent = &mut self.agents[1];
         let receiving = agent.destination_phase() == Some(DestinationPhase::Receiving);
         let Vmm::Incoming { stopped } = agent.vmm else { return Ok(()) };
@@ -310,8 +393,15 @@ impl<X: Seal> World<'_, X> {
         agent.ran |= starts;
         if receiving {
             agent.whole = true;
-            self.feed(D, Input::Whole(dwcp_proto::handover::Transfer { stream_len, root }))?;
+            self.feed(D, Input::Whole(transfer))?;
         }
         Ok(())
+    }
+}
+
+fn on_the_wire<X: Seal>(load: &Load<X::Chunk>) -> u64 {
+    match load {
+        Load::Chunk(chunk) => wire_bytes(X::header(chunk)),
+        Load::Bytes(piece, _) => piece.len,
     }
 }

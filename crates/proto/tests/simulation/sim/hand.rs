@@ -1,8 +1,8 @@
 //! The agents: their machines are fed, and what they ask for is done.
 
-use dwcp_proto::LinkId;
 use dwcp_proto::handover::{AbortReason, Action, Input, Message, Refused, SourcePhase, VmmCommand, VmmState};
 use dwcp_proto::journal::Entry;
+use dwcp_proto::{Leg, LinkId};
 
 use super::agent::Vmm;
 use super::data::{Incoming, Outgoing};
@@ -121,8 +121,11 @@ impl<X: Seal> World<'_, X> {
         match command {
             VmmCommand::StartMigration if self.agents[0].vmm == Vmm::Migrating => self.starts(),
             VmmCommand::AcceptStream => {
-                self.incoming = Some(Incoming::new(self.session, &self.scenario, self.words)?);
-                Ok(())
+                let mut incoming = Incoming::new(self.first_leg()?)?;
+                incoming.ordered = self.early.take();
+                self.incoming = Some(incoming);
+                self.say(D, Said::Veto(self.veto));
+                self.judge()
             }
             _ => Ok(()),
         }
@@ -133,11 +136,16 @@ impl<X: Seal> World<'_, X> {
         if self.agents[0].source_phase() != Some(SourcePhase::Migrating) {
             return Ok(());
         }
-        self.outgoing = Some(Outgoing::new(self.session, &self.scenario, self.words)?);
+        self.outgoing = Some(Outgoing::new(self.first_leg()?, &self.scenario)?);
         for link in 0..self.scenario.choice.streams as u16 {
             self.dial(Some(LinkId(link).0))?;
         }
+        self.steer()?;
         self.pump()
+    }
+
+    fn first_leg(&self) -> Result<Leg, String> {
+        Leg::first(self.session, self.scenario.choice.clone()).ok_or_else(|| "no first leg".into())
     }
 
     /// The agent will hear this of its VMM.

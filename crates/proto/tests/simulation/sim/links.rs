@@ -3,6 +3,7 @@
 use dwcp_proto::LinkId;
 use dwcp_proto::handover::{AbortReason, DestinationPhase, Input};
 
+use super::data::{Incoming, Way};
 use super::net::{Conn, ConnId, Said};
 use super::queue::{Event, MS, SECOND, Time};
 use super::scenario::Mutant;
@@ -37,6 +38,7 @@ impl<X: Seal> World<'_, X> {
                 self.darkness[side as usize] += 1;
             }
             self.repeat();
+            self.say_again();
             let first = if self.rng.one_in(2) { S } else { D };
             if !self.is(Mutant::NoResend) {
                 self.feed(first, Input::Connected)?;
@@ -47,9 +49,16 @@ impl<X: Seal> World<'_, X> {
         if let Some(old) = self.incoming.as_mut().and_then(|i| i.conns.insert(link, id)) {
             self.leave(old, D);
         }
+        let applied = self.incoming.as_mut().map(Incoming::goes_on_at);
+        let keeps = self.is(Mutant::BytesNotRepeated);
         if let Some(out) = &mut self.outgoing {
             out.conns.insert(link, id);
-            out.sender.link_up(link);
+            match &mut out.way {
+                Way::Chunks(chunks) => chunks.sender.link_up(link),
+                // The destination said where it goes on.
+                Way::Bytes { written } if !keeps => *written = applied.unwrap_or(*written),
+                Way::Bytes { .. } => {}
+            }
         }
         self.pump()
     }
@@ -120,8 +129,10 @@ impl<X: Seal> World<'_, X> {
             && let Some(out) = &mut self.outgoing
         {
             out.conns.remove(&link);
-            if self.scenario.mutant != Some(Mutant::LinkDownUntold) {
-                out.sender.link_down(link);
+            if let Way::Chunks(chunks) = &mut out.way
+                && self.scenario.mutant != Some(Mutant::LinkDownUntold)
+            {
+                chunks.sender.link_down(link);
             }
             self.redial(Some(link.0));
         }
@@ -152,8 +163,8 @@ impl<X: Seal> World<'_, X> {
             }
             return self.connect(None);
         };
-        let Some(out) = &self.outgoing else { return Ok(()) };
-        if out.conns.contains_key(&LinkId(link)) {
+        let Some(out) = self.outgoing.as_ref().filter(|out| out.asked.is_none()) else { return Ok(()) };
+        if out.conns.contains_key(&LinkId(link)) || u32::from(link) >= out.leg.choice.streams {
             return Ok(());
         }
         if reachable && self.agents[1].life > 0 && self.incoming.is_none() {
@@ -189,7 +200,11 @@ impl<X: Seal> World<'_, X> {
         match said {
             None => Ok(()),
             Some(Said::Handover(message)) => self.feed(side, Input::Message(message)),
-            Some(said) => self.told(said),
+            Some(Said::Ack(ack)) => self.acknowledged(&ack),
+            Some(Said::StreamEnd { leg, length }) => self.stream_ends(leg, length),
+            Some(Said::Switch(switch)) => self.ordered(switch),
+            Some(Said::Switched(switched)) => self.switched(switched),
+            Some(Said::Veto(veto)) => self.vetoed(veto),
         }
     }
 }

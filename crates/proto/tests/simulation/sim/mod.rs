@@ -9,7 +9,7 @@
 //!
 //! Rules, held at every step: chunks are applied once, in order, without a gap, as they were made; nothing acknowledged is
 //! sent again; the window holds on both sides; honest ends never accuse each other; one running copy of the guest; a migration
-//! fails only for a cause; after it failed a second one succeeds.
+//! fails only for a cause; after it failed a second one succeeds; v3 is left within a second of a word against it.
 
 mod agent;
 mod data;
@@ -22,6 +22,7 @@ pub(crate) mod queue;
 mod rng;
 pub(crate) mod scenario;
 mod seal;
+mod turn;
 mod world;
 
 use agent::Vmm;

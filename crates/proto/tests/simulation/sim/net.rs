@@ -6,6 +6,7 @@ use dwcp_proto::handover::Message;
 use dwcp_proto::message::Ack;
 use dwcp_proto::{LinkId, Seq};
 
+use super::data::{Load, Switch, Switched};
 use super::queue::Time;
 use super::world::Side;
 
@@ -18,6 +19,16 @@ pub(crate) struct ConnId(pub(crate) u32);
 pub(crate) enum Said {
     Ack(Ack),
     Handover(Message),
+    /// The v1 stream of this leg is complete, and so long.
+    StreamEnd {
+        leg: u32,
+        length: u64,
+    },
+    /// Go on as another leg.
+    Switch(Switch),
+    Switched(Switched),
+    /// The destination forbids v3, or does no longer.
+    Veto(bool),
 }
 
 #[derive(Debug)]
@@ -33,9 +44,9 @@ pub(crate) struct Conn<C> {
     /// The writer is at it.
     pub(crate) writing: bool,
     /// Handed to the writer.
-    pub(crate) queue: VecDeque<C>,
+    pub(crate) queue: VecDeque<Load<C>>,
     /// On the way to the destination.
-    pub(crate) flight: VecDeque<C>,
+    pub(crate) flight: VecDeque<Load<C>>,
     /// The copy whose header was admitted and whose payload is not here yet.
     pub(crate) reading: Option<Seq>,
     /// Messages on the way to each side.

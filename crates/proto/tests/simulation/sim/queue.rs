@@ -15,8 +15,8 @@ pub(crate) const SECOND: Time = 1000 * MS;
 /// Something that is due. What belongs to an agent's earlier life, or to a connection that is gone, has no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Event {
-    /// The source has encoded another chunk.
-    Produced(Life),
+    /// The source has taken and encoded what comes next on this leg.
+    Produced(Life, u32),
     /// A connection's writer has written one.
     Wrote(ConnId),
     /// The header of the oldest chunk in flight has arrived.
@@ -43,6 +43,8 @@ pub(crate) enum Event {
     Command(Side, Life),
     /// The agent hears of its VMM.
     Answer(Side, Life),
+    /// The source looks whether the path should change.
+    Helm(Life),
     /// A timer for what failed.
     Retry(Side, Life),
     /// A dead agent comes back.

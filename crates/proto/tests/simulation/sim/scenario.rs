@@ -41,6 +41,22 @@ pub(crate) enum Mutant {
     NoStopWhileIncoming,
     /// The handover is not told of a new connection.
     NoResend,
+    /// The source goes on after what it has handed out, not from where the destination stopped.
+    ReelNotRewound,
+    /// The destination says that it stopped elsewhere than it did.
+    TurnsBehind,
+    /// The order to change the path is said once.
+    SwitchSaidOnce,
+    /// One that comes before the destination's data path has begun is dropped.
+    EarlyOrderLost,
+    /// It is answered once.
+    SwitchedSaidOnce,
+    /// Where a v1 stream ends is said once.
+    StreamEndSaidOnce,
+    /// A v1 connection goes on where the last one was, not where the destination is.
+    BytesNotRepeated,
+    /// The flag is read and not obeyed.
+    FlagIgnored,
 }
 
 /// A clock of a node: monotonic time for deadlines and the pace, wall time for people.
@@ -94,11 +110,20 @@ pub(crate) struct Weights {
     pub(crate) bad_disk: [u64; 2],
     pub(crate) clock_jump: u64,
     pub(crate) cancel: [u64; 2],
+    pub(crate) flag: u64,
+    pub(crate) veto: u64,
+    pub(crate) trouble: u64,
+    pub(crate) operator: u64,
 }
 
 #[derive(Debug, Clone)]
 pub(crate) struct Scenario {
     pub(crate) choice: Choice,
+    /// What the source and the destination offered, and what was wished for.
+    pub(crate) offers: [Offer; 2],
+    pub(crate) wish: Wish,
+    /// How long v3 must have been allowed before it is entered again.
+    pub(crate) hesitation: Duration,
     pub(crate) guest_ran: bool,
     pub(crate) on_abort: Afterwards,
     pub(crate) on_success: Afterwards,
@@ -137,12 +162,12 @@ pub(crate) struct Scenario {
 impl Scenario {
     /// The scenario of a seed. An error is a broken rule of the negotiation.
     pub(crate) fn draw(rng: &mut Rng) -> Result<Self, String> {
-        let choice = negotiated(rng)?;
+        let (choice, offers, wish) = negotiated(rng)?;
         let small = rng.one_in(6);
         let top = if small { rng.between(20, 2000) } else { rng.scale(2000, MAX_SEGMENT_BYTES as u64) };
         let chunks = if small { rng.scale(500, 12_000) } else { rng.scale(1, 1500) };
         let faults = !rng.one_in(10);
-        let weights = Weights {
+        let mut weights = Weights {
             reset: 12,
             reset_control: 8,
             reset_all: 2,
@@ -154,9 +179,15 @@ impl Scenario {
             clock_jump: 1,
             ..Weights::default()
         };
+        if rng.one_in(2) {
+            (weights.flag, weights.veto, weights.trouble, weights.operator) = (40, 16, 4, 20);
+        }
         let latency = rng.scale(MS / 50, 150 * MS);
         let mut scenario = Scenario {
             choice,
+            offers,
+            wish,
+            hesitation: Duration::from_nanos(rng.scale(100 * MS, 20 * SECOND)),
             guest_ran: !rng.one_in(8),
             on_abort: if rng.one_in(3) { Afterwards::Quit } else { Afterwards::Leave },
             on_success: if rng.one_in(2) { Afterwards::Quit } else { Afterwards::Leave },
@@ -233,7 +264,16 @@ impl Scenario {
     /// chunk for the worst pace, and the time that ends take to notice dead connections.
     pub(crate) fn bound(&self) -> Time {
         let trip = 2 * (self.latency + self.jitter);
-        4 * self.work() + self.chunks * 2 * trip + 300 * SECOND
+        // v1 does not compress.
+        let work =
+            Scenario { ratio: self.ratio.max(if self.turns() { 256 } else { 0 }), ..self.clone() }.work();
+        4 * work + self.chunks * 2 * trip + 300 * SECOND
+    }
+
+    /// Whether the path may change.
+    pub(crate) fn turns(&self) -> bool {
+        let w = &self.weights;
+        w.flag + w.veto + w.trouble + w.operator > 0
     }
 
     /// What the next chunk of the stream is: bytes of the stream, before compression, on the wire.
@@ -246,7 +286,7 @@ impl Scenario {
 }
 
 /// Draws offers until v3 comes of them, and holds each choice against what the offers say.
-fn negotiated(rng: &mut Rng) -> Result<Choice, String> {
+fn negotiated(rng: &mut Rng) -> Result<(Choice, [Offer; 2], Wish), String> {
     loop {
         let (source, destination) = (offer(rng), offer(rng));
         let wish = Wish {
@@ -281,7 +321,7 @@ fn negotiated(rng: &mut Rng) -> Result<Choice, String> {
                     return Err(format!("plain where it must not be: {}", case()));
                 }
                 if path == Some(Path::V3) {
-                    return Ok(choice);
+                    return Ok((choice, [source, destination], wish));
                 }
             }
         }

@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use dwcp_proto::chunk::{ChunkHeader, Codec, EncodedChunk, Kind, SealedChunk, Sealer, Verifier};
-use dwcp_proto::{Lane, NodeKey, NodeName, PageVersion, Seq, SessionId, StreamOffset};
+use dwcp_proto::{Lane, Leg, NodeKey, NodeName, PageVersion, Seq, StreamOffset};
 
 use super::rng::mix;
 
@@ -26,7 +26,7 @@ pub(crate) trait Seal: Sized {
     /// A chunk with its seal: what the sender keeps and the network carries.
     type Chunk: Clone;
 
-    fn new(session: SessionId) -> Result<Self, String>;
+    fn new(leg: &Leg) -> Result<Self, String>;
     fn seal(&mut self, content: Content) -> Self::Chunk;
     fn seal_end(&mut self) -> Self::Chunk;
     fn header(chunk: &Self::Chunk) -> &ChunkHeader;
@@ -69,8 +69,8 @@ impl StandIn {
 impl Seal for StandIn {
     type Chunk = Plain;
 
-    fn new(session: SessionId) -> Result<Self, String> {
-        Ok(StandIn { next: Seq(0), prev: session.0, end: StreamOffset(0) })
+    fn new(leg: &Leg) -> Result<Self, String> {
+        Ok(StandIn { next: Seq(0), prev: leg.id.0, end: leg.from })
     }
 
     fn seal(&mut self, content: Content) -> Plain {
@@ -148,11 +148,12 @@ impl From<SealedChunk> for Signed {
 impl Seal for Real {
     type Chunk = Signed;
 
-    fn new(session: SessionId) -> Result<Self, String> {
+    fn new(leg: &Leg) -> Result<Self, String> {
         let name = NodeName::new("source").map_err(|e| e.to_string())?;
-        let key = NodeKey::from_seed(name, &session.0);
-        let verifier = Verifier::new(session, key.public());
-        Ok(Real { key, sealer: Sealer::new(session), verifier })
+        // Both sides know the key that the test was given.
+        let key = NodeKey::from_seed(name, &[7; 32]);
+        let verifier = Verifier::new(leg.id, key.public());
+        Ok(Real { key, sealer: Sealer::from(leg.id, leg.from), verifier })
     }
 
     fn seal(&mut self, c: Content) -> Signed {

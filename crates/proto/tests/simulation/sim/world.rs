@@ -8,12 +8,13 @@ use dwcp_proto::ids::{MigrationId, NodeName, VmName};
 use dwcp_proto::journal::{Accepted, Job, Prepared};
 
 use super::agent::{Agent, Machine, Vmm};
-use super::data::{Digest, Incoming, Outgoing};
+use super::data::{Digest, Incoming, Outgoing, Stream, Switch};
 use super::net::{Conn, ConnId};
 use super::queue::{Event, Queue, SECOND, Time};
 use super::rng::Rng;
 use super::scenario::Scenario;
 use super::seal::Seal;
+use super::turn::Helm;
 
 /// Counts an agent's starts.
 pub(crate) type Life = u32;
@@ -64,6 +65,9 @@ pub(crate) struct Tally {
     pub(crate) vmm_deaths: [u64; 2],
     pub(crate) failed_writes: u64,
     pub(crate) refused_commands: u64,
+    /// Words on the path, and its changes to v3 and to v1.
+    pub(crate) words: u64,
+    pub(crate) turns: [u64; 2],
     /// The longest that a world took once it was fair, in percent of its bound.
     pub(crate) nearest: u64,
     /// Most events planned at one time.
@@ -92,6 +96,11 @@ impl fmt::Display for Tally {
             f,
             "agents killed {:?}, VMMs {:?}, {} failed writes, {} refused commands",
             self.crashes, self.vmm_deaths, self.failed_writes, self.refused_commands
+        )?;
+        writeln!(
+            f,
+            "{} words on the path, {} changes to v1, {} to v3",
+            self.words, self.turns[1], self.turns[0]
         )?;
         write!(
             f,
@@ -126,6 +135,7 @@ impl fmt::Display for Broken {
 /// A copy of a chunk that is being verified and decoded.
 pub(crate) struct Copy<C> {
     pub(crate) life: Life,
+    pub(crate) leg: u32,
     pub(crate) seq: u64,
     pub(crate) chunk: C,
 }
@@ -138,7 +148,17 @@ pub(crate) struct World<'t, X: Seal> {
     pub(crate) rng: Rng,
     pub(crate) queue: Queue,
     pub(crate) session: SessionId,
-    pub(crate) words: u64,
+    /// What the source's VMM has put out.
+    pub(crate) stream: Stream,
+    /// What the destination's VMM was given.
+    pub(crate) digest: Digest,
+    /// It has everything, and loads it.
+    pub(crate) loading: bool,
+    pub(crate) helm: Helm,
+    /// The destination forbids v3.
+    pub(crate) veto: bool,
+    /// An order that came before the destination's data path began.
+    pub(crate) early: Option<Switch>,
     pub(crate) agents: [Agent; 2],
     pub(crate) conns: Vec<Conn<X::Chunk>>,
     /// The control connection as each side has it.
@@ -200,7 +220,12 @@ impl<'t, X: Seal> World<'t, X> {
         let source = Source::new(Prepared { job: job.clone(), guest_ran, on_success });
         let destination = Destination::new(Accepted { job, on_abort: scenario.on_abort });
         let mut world = World {
-            words: rng.next(),
+            stream: Stream::new(rng.next()),
+            digest: Digest::default(),
+            loading: false,
+            helm: Helm::new(scenario.wish.path, scenario.hesitation, scenario.clocks[0].reads(0)),
+            veto: false,
+            early: None,
             session,
             agents: [
                 Agent::new(S, Machine::Source(source), Vmm::Idle),
@@ -279,7 +304,8 @@ impl<'t, X: Seal> World<'t, X> {
 
     fn step(&mut self, event: Event) -> Result<(), String> {
         match event {
-            Event::Produced(life) if life == self.life(S) => self.produced(),
+            Event::Produced(life, leg) if life == self.life(S) => self.produced(leg),
+            Event::Helm(life) if life == self.life(S) => self.steer(),
             Event::Wrote(conn) => self.wrote(conn),
             Event::Header(conn) => self.header(conn),
             Event::Payload(conn) => self.payload(conn),
@@ -412,23 +438,15 @@ impl<'t, X: Seal> World<'t, X> {
             let phase = agent.machine.as_ref().map_or("dead", Machine::phase);
             story += &format!("{:?}: {phase}, VMM {:?}, {:?}\n", agent.side, agent.vmm, agent.outcome);
         }
-        if let Some(out) = &self.outgoing {
-            let sender = &out.sender;
-            story += &format!(
-                "made {} of {}, acknowledged {}, {:?}\n",
-                out.made,
-                self.scenario.chunks,
-                out.base,
-                sender.unacked()
-            );
+        if let Some(leg) = self.leg() {
+            let (records, chunks) = (self.stream.records(), self.scenario.chunks);
+            let asked = self.outgoing.as_ref().is_some_and(|out| out.asked.is_some());
+            story += &format!("leg {} on {:?}, another asked for: {asked}\n", leg.number, leg.path);
+            story += &format!("made {records} of {chunks}, {} bytes\n", self.stream.len());
         }
         if let Some(incoming) = &self.incoming {
-            story += &format!(
-                "applied {}, {} wait, from {:?}\n",
-                incoming.applied,
-                incoming.ready.len(),
-                incoming.ready.keys().next()
-            );
+            let leg = &incoming.leg;
+            story += &format!("applied {} bytes, leg {} on {:?}\n", incoming.offset, leg.number, leg.path);
         }
         story + &format!("excuse: {:?}", self.excuse)
     }
