@@ -86,6 +86,11 @@ impl Kit {
         self.lab.join(format!("qemu-{}", version.name()))
     }
 
+    /// The library that gives a process a wall clock of its own, for `LD_PRELOAD`.
+    pub fn faketime(&self) -> PathBuf {
+        self.lab.join("faketime/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+    }
+
     /// The guest's kernel.
     pub fn kernel(&self) -> PathBuf {
         self.lab.join("vmlinuz")

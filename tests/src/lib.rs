@@ -16,6 +16,7 @@
 //! QEMUs, for what is to be done hundreds of times.
 
 mod agent;
+mod cgroup;
 mod faults;
 mod guest;
 mod kit;
@@ -34,6 +35,7 @@ mod wan;
 mod watch;
 
 pub use agent::{Agent, AgentConfig, CtlOutput, Listen};
+pub use cgroup::MemoryGroup;
 pub use faults::{FAULTS, FaultRow, Shown};
 pub use guest::{GuestLoad, Mix, Report, SerialLog};
 pub use kit::{Kit, QemuVersion, SKIPPED, in_ci, skip, target_dir};

@@ -1,9 +1,9 @@
-//! A TCP relay between two agents, whose connections can all be reset at once.
+//! A TCP relay between two agents, whose connections can all be reset at once, or one of them be held up.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -28,6 +28,16 @@ struct State {
     /// Bytes read to be passed on, both ways.
     passed: AtomicU64,
     ended: AtomicBool,
+    /// All that were made, in that order.
+    connections: Mutex<Vec<Arc<Connection>>>,
+}
+
+#[derive(Debug, Default)]
+struct Connection {
+    /// Bytes read to be passed on towards the destination.
+    passed: AtomicU64,
+    /// It stays open, and nothing comes through any more.
+    stalled: AtomicBool,
 }
 
 impl Relay {
@@ -70,6 +80,15 @@ impl Relay {
         self.state.cuts.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// Holds up the connection that has carried the most towards the destination: it stays open, and nothing comes through.
+    pub fn stall_busiest(&self) {
+        let connections = self.state.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let flowing = connections.iter().filter(|connection| !connection.stalled.load(Ordering::SeqCst));
+        if let Some(busiest) = flowing.max_by_key(|connection| connection.passed.load(Ordering::SeqCst)) {
+            busiest.stalled.store(true, Ordering::SeqCst);
+        }
+    }
+
     /// Lets new connections through again.
     pub fn mend(&self) {
         self.state.down.store(false, Ordering::SeqCst);
@@ -100,12 +119,15 @@ impl State {
         }
         // Whoever is last closes both.
         let pair = Arc::new((near, far));
+        let connection = Arc::new(Connection::default());
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&connection));
         for forward in [true, false] {
-            let (state, pair) = (Arc::clone(self), Arc::clone(&pair));
+            let (state, pair, connection) = (Arc::clone(self), Arc::clone(&pair), Arc::clone(&connection));
             std::thread::spawn(move || {
                 let (near, far) = &*pair;
                 let (from, to) = if forward { (near, far) } else { (far, near) };
-                if state.pass(from, to, cuts).is_err() {
+                let carried = forward.then_some(&connection.passed);
+                if state.pass(from, to, carried, &connection.stalled, cuts).is_err() {
                     reset(near);
                     reset(far);
                 }
@@ -114,15 +136,31 @@ impl State {
     }
 
     /// Copies until the end, which it passes on as well.
-    fn pass(&self, mut from: &TcpStream, mut to: &TcpStream, cuts: u64) -> std::io::Result<()> {
+    fn pass(
+        &self,
+        mut from: &TcpStream,
+        mut to: &TcpStream,
+        carried: Option<&AtomicU64>,
+        stalled: &AtomicBool,
+        cuts: u64,
+    ) -> std::io::Result<()> {
         let mut buffer = vec![0; 64 << 10];
         loop {
-            let read = self.patiently(cuts, || from.read(&mut buffer))?;
+            let read = self.patiently(cuts, || match stalled.load(Ordering::SeqCst) {
+                false => from.read(&mut buffer),
+                true => {
+                    std::thread::sleep(PERIOD);
+                    Err(ErrorKind::WouldBlock.into())
+                }
+            })?;
             if read == 0 {
                 return to.shutdown(std::net::Shutdown::Write);
             }
             // Counted first: who has read a byte finds it counted.
             self.passed.fetch_add(read as u64, Ordering::SeqCst);
+            if let Some(carried) = carried {
+                carried.fetch_add(read as u64, Ordering::SeqCst);
+            }
             let mut rest = &buffer[..read];
             while !rest.is_empty() {
                 let written = self.patiently(cuts, || to.write(rest))?;
@@ -188,5 +226,23 @@ mod tests {
         let (near, mut far) = through(&relay, &listener);
         drop(near);
         assert_eq!(ended(&mut far), Ok(0), "an orderly end stays one");
+    }
+
+    #[test]
+    fn a_stall_holds_up_the_busiest_connection_only() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let relay = Relay::start(listener.local_addr().unwrap()).unwrap();
+        let mut busy = through(&relay, &listener);
+        let mut other = through(&relay, &listener);
+        let mut word = [0; 4];
+        busy.0.write_all(b"over").unwrap();
+        busy.1.read_exact(&mut word).unwrap();
+        relay.stall_busiest();
+        busy.0.write_all(b"lost").unwrap();
+        other.0.write_all(b"goes").unwrap();
+        other.1.read_exact(&mut word).unwrap();
+        assert_eq!(&word, b"goes");
+        busy.1.set_nonblocking(true).unwrap();
+        assert_eq!(busy.1.read(&mut word).map_err(|error| error.kind()), Err(ErrorKind::WouldBlock));
     }
 }

@@ -79,6 +79,8 @@ pub struct LineProfile {
     pub delay: Duration,
     /// Packets lost of a million.
     pub loss_ppm: u32,
+    /// Packets of a million that come 3 ms later, after those that were sent behind them.
+    pub reorder_ppm: u32,
     /// Bytes that wait for their turn before packets are dropped.
     pub queue: u64,
 }
@@ -87,7 +89,7 @@ impl LineProfile {
     /// A line of this rate and delay, without loss, whose queue holds some two round trips' worth.
     pub fn new(bits_per_second: u64, delay: Duration) -> Self {
         let queue = (bits_per_second as f64 / 8.0 * delay.as_secs_f64() * 4.0) as u64;
-        LineProfile { bits_per_second, delay, loss_ppm: 0, queue: queue.max(256 << 10) }
+        LineProfile { bits_per_second, delay, loss_ppm: 0, reorder_ppm: 0, queue: queue.max(256 << 10) }
     }
 }
 
@@ -172,9 +174,13 @@ impl Wan {
     /// # Errors
     /// The line is gone.
     pub fn set(&mut self, direction: Direction, profile: LineProfile) -> Result<()> {
-        let LineProfile { bits_per_second: rate, delay, loss_ppm: loss, queue } = profile;
+        let LineProfile { bits_per_second: rate, delay, loss_ppm: loss, reorder_ppm: reorder, queue } =
+            profile;
         let delay = delay.as_micros();
-        self.obey(&format!("set {direction} rate={rate} delay={delay} loss={loss} queue={queue}")).map(drop)
+        self.obey(&format!(
+            "set {direction} rate={rate} delay={delay} loss={loss} reorder={reorder} queue={queue}"
+        ))
+        .map(drop)
     }
 
     /// Lets packets vanish, those under way too; the ends are not told.

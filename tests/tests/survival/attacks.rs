@@ -318,7 +318,7 @@ fn forged_receipt() -> Result<()> {
         }
         body => vec![body],
     });
-    Case::new(other_root).refused("forged_receipt", "integrity", &[], &[])?;
+    Case::new(other_root).refused("forged_receipt", "forged_receipt", &[("forged_receipt", 1)], &[])?;
 
     // Long before the guest is whole; the true one is held back.
     let mut said = false;
@@ -330,7 +330,7 @@ fn forged_receipt() -> Result<()> {
         Body::Signed(_) => Vec::new(),
         body => vec![body],
     });
-    Case::new(early).refused("forged_receipt", "integrity", &[], &[])
+    Case::new(early).refused("forged_receipt", "forged_receipt", &[("forged_receipt", 1)], &[])
 }
 
 #[test]

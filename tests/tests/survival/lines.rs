@@ -45,12 +45,18 @@ lines! {
     link_address_goes_and_comes_back: "address_moves", Fault::Address(Duration::from_secs(5));
     link_loses_1_packet_of_1000: "loss_0.1", Fault::Always(lossy(1000));
     link_loses_20_packets_of_1000: "loss_2", Fault::Always(lossy(20_000));
+    link_out_of_order: "reordering", Fault::Always(LineProfile { reorder_ppm: 20_000, ..LineProfile::new(RATE, DELAY) });
     link_of_300_ms: "far", Fault::Always(LineProfile::new(RATE, Duration::from_millis(150)));
-    link_at_1_kb_a_second: "slow", Fault::Slow(LineProfile::new(8000, DELAY), Duration::from_secs(20));
+    link_at_1_kb_a_second: "slow", Fault::Slow(crawling(), Duration::from_secs(20));
 }
 
 fn lossy(ppm: u32) -> LineProfile {
     LineProfile { loss_ppm: ppm, ..LineProfile::new(RATE, DELAY) }
+}
+
+/// 1 kB a second. What waits for its turn then goes at that rate for good: the line is not to be stuck with it afterwards.
+fn crawling() -> LineProfile {
+    LineProfile { queue: 3000, ..LineProfile::new(8000, DELAY) }
 }
 
 #[derive(Clone, Copy)]

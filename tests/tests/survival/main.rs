@@ -2,6 +2,7 @@
 //!
 //! `cargo xtask faults` runs all of it and prints the table; `cargo xtask soak` repeats the kills as often as asked.
 
+mod around;
 mod attacks;
 mod faults;
 mod kills;

@@ -7,6 +7,17 @@ use anyhow::{Context, Result, bail};
 /// How long to wait before a device that failed is read again.
 pub(crate) const PATIENCE: Duration = Duration::from_millis(10);
 
+/// How much later a packet comes that took the longer way.
+const DETOUR: Duration = Duration::from_millis(3);
+
+/// When a packet arrives.
+#[derive(Clone, Copy)]
+pub(crate) struct Arrival {
+    pub(crate) at: Instant,
+    /// It took the longer way. Packets of one way keep their order.
+    pub(crate) detour: bool,
+}
+
 /// The state of one direction.
 pub(crate) struct Line {
     /// Bits a second; 0 is unlimited.
@@ -14,6 +25,8 @@ pub(crate) struct Line {
     delay: Duration,
     /// Packets lost of a million.
     loss: u64,
+    /// Packets of a million that take a longer way, so that those behind them arrive first.
+    reorder: u64,
     /// Bytes that may wait for their turn; more are dropped, as by a router.
     queue: u64,
     cut: bool,
@@ -33,6 +46,7 @@ impl Line {
             rate: 0,
             delay: Duration::ZERO,
             loss: 0,
+            reorder: 0,
             queue: 1 << 20,
             cut: false,
             free: None,
@@ -51,6 +65,7 @@ impl Line {
             "rate" => self.rate = value,
             "delay" => self.delay = Duration::from_micros(value),
             "loss" => self.loss = value,
+            "reorder" => self.reorder = value,
             "queue" => self.queue = value,
             _ => bail!("no setting {key:?}"),
         }
@@ -63,20 +78,22 @@ impl Line {
     }
 
     /// Takes a packet at `now` and says when it arrives; `None` if it is lost.
-    pub(crate) fn offer(&mut self, now: Instant, length: usize) -> Option<Instant> {
+    pub(crate) fn offer(&mut self, now: Instant, length: usize) -> Option<Arrival> {
         let length = length as u64;
         let start = self.free.map_or(now, |free| free.max(now));
         let waiting = self.bytes_in(start.saturating_duration_since(now));
         // Without a rate nothing waits for its turn, but what is under way must still be bounded.
         let full = if self.rate == 0 { self.held > 64 * self.queue } else { waiting + length > self.queue };
-        if self.cut || full || self.unlucky() {
+        if self.cut || full || self.drawn(self.loss) {
             self.dropped += 1;
             return None;
         }
         let free = start + self.time_for(length);
         self.free = Some(free);
         self.held += length;
-        Some(free + self.delay)
+        let detour = self.drawn(self.reorder);
+        let at = free + self.delay + if detour { DETOUR } else { Duration::ZERO };
+        Some(Arrival { at, detour })
     }
 
     /// The packet's time has come: whether it arrives.
@@ -109,13 +126,13 @@ impl Line {
         (time.as_secs_f64() * self.rate as f64 / 8.0) as u64
     }
 
-    fn unlucky(&mut self) -> bool {
+    fn drawn(&mut self, of_a_million: u64) -> bool {
         // SplitMix64.
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.random;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % 1_000_000 < self.loss
+        (z ^ (z >> 31)) % 1_000_000 < of_a_million
     }
 }
 
@@ -134,7 +151,7 @@ mod tests {
         // A byte takes a microsecond.
         let mut line = line(&["rate=8000000", "delay=5000"]);
         let now = Instant::now();
-        let micros = |arrival: Option<Instant>| (arrival.unwrap() - now).as_micros();
+        let micros = |arrival: Option<Arrival>| (arrival.unwrap().at - now).as_micros();
         assert_eq!(micros(line.offer(now, 1000)), 6000);
         assert_eq!(micros(line.offer(now, 500)), 6500);
         assert_eq!(
@@ -172,6 +189,15 @@ mod tests {
         let now = Instant::now();
         let lost = (0..100_000).filter(|_| line.offer(now, 10).is_none_or(|_| !line.arrive(10))).count();
         assert!((1800..2200).contains(&lost), "{lost}");
+    }
+
+    #[test]
+    fn some_packets_are_overtaken() {
+        let mut line = line(&["rate=8000000", "queue=100000000", "reorder=100000"]);
+        let now = Instant::now();
+        let arrivals: Vec<_> = (0..1000).filter_map(|_| line.offer(now, 100)).collect();
+        let overtaken = arrivals.windows(2).filter(|pair| pair[0].at > pair[1].at).count();
+        assert!((50..150).contains(&overtaken), "{overtaken}");
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! Then it obeys lines on its standard input, answering each with `ok`, or `error: why`, until that closes:
 //!
 //! ```text
-//! set DIRECTION rate=BITS delay=MICROS loss=PPM queue=BYTES     any of the four; rate 0 is unlimited
+//! set DIRECTION rate=BITS delay=MICROS loss=PPM reorder=PPM queue=BYTES     any of them; rate 0 is unlimited
 //! cut DIRECTION                                                 packets vanish, those under way too
 //! mend DIRECTION
 //! count                                                         answers ok DELIVERED_AB DROPPED_AB DELIVERED_BA DROPPED_BA
@@ -65,20 +65,26 @@ fn give_away(device: &str, pid: &str) -> Result<()> {
     Ok(())
 }
 
-/// Starts one direction's two threads. They end with the process.
+/// Starts one direction's threads: one that takes packets, one for each way that they go. They end with the process.
 fn direction(from: &File, to: &File, seed: u64) -> Result<Shared> {
     let line = Arc::new(Mutex::new(Line::new(seed)));
     let (from, to) = (from.try_clone()?, to.try_clone()?);
     // What it holds is bounded by the line's own queue, in bytes.
-    let (sender, receiver) = channel();
+    let (straight, on_the_straight) = channel();
+    let (longer, on_the_longer) = channel();
     let entrance = Arc::clone(&line);
-    std::thread::spawn(move || take(from, &entrance, &sender));
-    let exit = Arc::clone(&line);
-    std::thread::spawn(move || deliver(to, &exit, &receiver));
+    std::thread::spawn(move || take(from, &entrance, &straight, &longer));
+    for receiver in [on_the_straight, on_the_longer] {
+        let (to, exit) = (to.try_clone()?, Arc::clone(&line));
+        std::thread::spawn(move || deliver(to, &exit, &receiver));
+    }
     Ok(line)
 }
 
-fn take(mut from: File, line: &Shared, to: &Sender<(Instant, Vec<u8>)>) {
+/// A packet and when it arrives.
+type Sent = (Instant, Vec<u8>);
+
+fn take(mut from: File, line: &Shared, straight: &Sender<Sent>, longer: &Sender<Sent>) {
     let mut packet = vec![0; PACKET];
     loop {
         // A device without an address or that is down gives errors for a while.
@@ -88,14 +94,15 @@ fn take(mut from: File, line: &Shared, to: &Sender<(Instant, Vec<u8>)>) {
         };
         let arrival = lock(line).offer(Instant::now(), length);
         if let Some(arrival) = arrival
-            && to.send((arrival, packet[..length].to_vec())).is_err()
+            && let way = if arrival.detour { longer } else { straight }
+            && way.send((arrival.at, packet[..length].to_vec())).is_err()
         {
             return;
         }
     }
 }
 
-fn deliver(mut to: File, line: &Shared, from: &Receiver<(Instant, Vec<u8>)>) {
+fn deliver(mut to: File, line: &Shared, from: &Receiver<Sent>) {
     for (arrival, packet) in from {
         std::thread::sleep(arrival.saturating_duration_since(Instant::now()));
         if lock(line).arrive(packet.len()) {
