@@ -4,9 +4,10 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use dwcp_tests::{
-    AgentConfig, Direction, End, LineProfile, QemuSpec, QemuVersion, Role, Scene, Wan, Watcher,
+    AgentConfig, Direction, End, Ending, LineProfile, QemuSpec, QemuVersion, Role, Scene, SimGuest, SimScene,
+    Wan, Watcher, until,
 };
 
 #[test]
@@ -82,6 +83,58 @@ fn a_live_guest_crosses_the_line() -> Result<()> {
     let carried = wan.count()?[0].delivered * 1500;
     let said = result["wire_bytes"].as_u64().unwrap_or_default();
     ensure!(said <= carried, "{said} bytes on the wire, but the line carried at most {carried}: {result}");
+    Ok(())
+}
+
+/// The line becomes far in the middle of a migration, and near again: the mode follows, within two seconds.
+#[test]
+fn the_mode_follows_the_line() -> Result<()> {
+    let test = "the_mode_follows_the_line";
+    // A queue of 2.6 ms: what the migration itself puts there does not make the line long.
+    let near = LineProfile { queue: 64 << 10, ..LineProfile::new(200_000_000, Duration::ZERO) };
+    let far = LineProfile::new(200_000_000, Duration::from_millis(10));
+    if !SimScene::possible(test) {
+        return Ok(());
+    }
+    let Some(mut wan) = Wan::start_or_skip(test, near)? else { return Ok(()) };
+    let at = |end: End| AgentConfig {
+        data: (end.address(), 0).into(),
+        namespace: Some(wan.namespace(end)),
+        extra: "[link]\ndatacenter_rate = \"40Mbit\"\n".into(),
+        ..AgentConfig::default()
+    };
+    // More than the line carries in the time of this test, written to all the time.
+    let guest = SimGuest { pages: 65_536, zero_percent: 0, hot_pages: 65_536, ..SimGuest::default() };
+    let scene = SimScene::with(guest, at(End::A), at(End::B))?;
+    scene.incoming()?;
+    scene.begin("m", &["--path", "v3", "--source", "stream"])?.success()?;
+    let status = || scene.a.ctl(&[&"status", &"m", &"--json"])?.success()?.json();
+    let on = |mode: &str, switches: u64| {
+        until(&format!("{mode} mode"), Duration::from_secs(30), || {
+            let status = status()?;
+            ensure!(status["status"] != "completed", "too early: {status}");
+            let there = status["mode"] == mode && status["mode_switches"] == switches;
+            Ok((there && status["chunks"].as_u64() > Some(8)).then_some(status))
+        })
+        .with_context(|| scene.logs())
+    };
+    on("datacenter", 0)?;
+    wan.set(Direction::Both, far)?;
+    let begun = Instant::now();
+    let status = on("internet", 1)?;
+    println!("internet after {:?}: {}", begun.elapsed(), status["mode_reason"]);
+    ensure!(status["mode_reason"].as_str().is_some_and(|why| why.contains("round trip")), "{status}");
+    // Three seconds lie between two changes at least.
+    wan.set(Direction::Both, near)?;
+    let begun = Instant::now();
+    let status = on("datacenter", 2)?;
+    println!("datacenter after {:?}: {}", begun.elapsed(), status["mode_reason"]);
+    wan.set(Direction::Both, LineProfile { queue: 4 << 20, ..LineProfile::new(0, Duration::ZERO) })?;
+    ensure!(scene.ending("m")? == Ending::Moved, "{}", scene.logs());
+    let metrics = scene.a.http_get("/metrics")?;
+    for series in ["to=\"internet\",cause=\"link_far\"", "to=\"datacenter\",cause=\"link_near\""] {
+        ensure!(metrics.contains(&format!("dwcp_mode_switches_total{{{series}}} 1")), "{metrics}");
+    }
     Ok(())
 }
 

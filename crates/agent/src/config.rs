@@ -17,6 +17,7 @@ use std::time::Duration;
 use dwcp_flags::Comeback;
 use dwcp_flags::poll::MAX_LABELS;
 use dwcp_migrate::V1Policy;
+use dwcp_proto::mode::Bounds;
 use dwcp_proto::{NodeName, units};
 use dwcp_rpc::endpoint;
 use serde::Deserialize;
@@ -55,6 +56,8 @@ pub(crate) struct Config {
     pub(crate) limits: Limits,
     #[serde(default)]
     pub(crate) hde: Hde,
+    #[serde(default)]
+    pub(crate) link: Link,
     #[serde(default)]
     pub(crate) vmm: Vmm,
     #[serde(default)]
@@ -330,6 +333,26 @@ impl Default for Hde {
     }
 }
 
+/// What is made of links between nodes.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Link {
+    /// A link of a shorter round trip may be a datacenter's.
+    pub(crate) datacenter_rtt: Trip,
+    /// One that carries as much may be one: its nominal rate.
+    pub(crate) datacenter_rate: Rate,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        let Bounds { rtt, rate } = Bounds::default();
+        Link {
+            datacenter_rtt: Trip(rtt),
+            datacenter_rate: Rate(NonZeroU64::new(rate).unwrap_or(NonZeroU64::MIN)),
+        }
+    }
+}
+
 /// What the agent may touch of the VMMs.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -474,6 +497,22 @@ impl TryFrom<String> for Wait {
         match units::parse_duration(&text).map_err(|e| e.to_string())? {
             time if (Duration::from_secs(1)..=Duration::from_secs(86_400)).contains(&time) => Ok(Wait(time)),
             _ => Err(format!("expected a time from 1s to 86400s, found {text:?}")),
+        }
+    }
+}
+
+/// A round trip, up to a second.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Trip(pub(crate) Duration);
+
+impl TryFrom<String> for Trip {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match units::parse_duration(&text).map_err(|e| e.to_string())? {
+            time if time <= Duration::from_secs(1) && !time.is_zero() => Ok(Trip(time)),
+            _ => Err(format!("expected a time above 0 and up to 1s, found {text:?}")),
         }
     }
 }

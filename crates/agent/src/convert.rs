@@ -197,6 +197,7 @@ pub(crate) fn check_report(report: CheckReport) -> v1::CheckReport {
         notes: report.notes,
         path: report.path,
         mode: report.mode,
+        mode_reason: report.mode_reason,
         rtt_ms: report.rtt_ms,
     }
 }
@@ -309,6 +310,8 @@ pub(crate) fn status(s: Status) -> v1::Status {
         status: s.status,
         path: s.path,
         mode: s.mode,
+        mode_reason: s.mode_reason,
+        mode_switches: s.mode_switches,
         source: s.source,
         sink: s.sink,
         encryption: s.encryption,

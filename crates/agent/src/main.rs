@@ -33,6 +33,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use dwcp_migrate::{Blame, Engine, EngineConfig, Failure, Hde, Limits, Policy};
+use dwcp_proto::mode::Bounds;
 use tracing::{info, warn};
 
 use crate::config::{Attach, Config, ConfigError, Encryption};
@@ -125,6 +126,7 @@ async fn life(config: Config) -> Result<(), Failure> {
         policy: policy(&config),
         limits: limits(&config),
         hde: hde(&config),
+        bounds: bounds(&config),
         gate: flag.gate(),
         attach: config.vmm.attach == Attach::Ptrace,
         listen: config.listen.data,
@@ -204,6 +206,10 @@ fn limits(config: &Config) -> Limits {
 fn hde(config: &Config) -> Hde {
     let config::Hde { unchanged, dedup, delta, mapped } = config.hde;
     Hde { unchanged, dedup, delta, mapped }
+}
+
+fn bounds(config: &Config) -> Bounds {
+    Bounds { rtt: config.link.datacenter_rtt.0, rate: config.link.datacenter_rate.0.get() }
 }
 
 /// Checks what can be checked without starting: the file, and the key and peers where they exist already.

@@ -16,6 +16,8 @@ pub(crate) struct Status<'a> {
     status: &'a str,
     path: Option<&'a str>,
     mode: Option<&'a str>,
+    mode_reason: Option<&'a str>,
+    mode_switches: u32,
     source: Option<&'a str>,
     sink: Option<&'a str>,
     encryption: Option<&'a str>,
@@ -71,6 +73,7 @@ pub(crate) struct Check<'a> {
     notes: &'a [String],
     path: Option<&'a str>,
     mode: Option<&'a str>,
+    mode_reason: Option<&'a str>,
     rtt_ms: Option<f64>,
 }
 
@@ -167,6 +170,8 @@ pub(crate) fn status(s: &v1::Status) -> Status<'_> {
         status: &s.status,
         path: s.path.as_deref(),
         mode: s.mode.as_deref(),
+        mode_reason: s.mode_reason.as_deref(),
+        mode_switches: s.mode_switches,
         source: s.source.as_deref(),
         sink: s.sink.as_deref(),
         encryption: s.encryption.as_deref(),
@@ -264,6 +269,7 @@ pub(crate) fn check(r: &v1::CheckReport) -> Check<'_> {
         notes: &r.notes,
         path: r.path.as_deref(),
         mode: r.mode.as_deref(),
+        mode_reason: r.mode_reason.as_deref(),
         rtt_ms: r.rtt_ms,
     }
 }
@@ -348,6 +354,8 @@ mod tests {
             "status",
             "path",
             "mode",
+            "mode_reason",
+            "mode_switches",
             "source",
             "sink",
             "path_switches",

@@ -87,6 +87,8 @@ pub(crate) fn check(report: &v1::CheckReport, json: bool) {
     let path =
         [report.path.as_deref(), report.mode.as_deref()].into_iter().flatten().collect::<Vec<_>>().join(" ");
     let rtt = report.rtt_ms.map(|ms| format!(", round trip {ms:.1} ms")).unwrap_or_default();
+    let why = report.mode_reason.as_ref().filter(|why| !why.is_empty());
+    let rtt = rtt + &why.map(|why| format!(" ({})", one_line(why))).unwrap_or_default();
     match (report.ok, path.is_empty()) {
         (true, false) => println!("ok: would migrate over {}{rtt}", one_line(&path)),
         (true, true) => println!("ok: would migrate{rtt}"),
@@ -132,6 +134,9 @@ fn details(s: &v1::Status) {
         let encryption = s.encryption.as_deref().unwrap_or("?");
         field("path", format!("{}, {ends}, encryption {encryption}", path(s)));
     }
+    if let Some(reason) = s.mode_reason.as_ref().filter(|reason| !reason.is_empty()) {
+        field("mode", reason.clone());
+    }
     field("time", seconds(s.total_seconds));
     if let Some(ms) = s.downtime_ms {
         field("downtime", format!("{ms:.0} ms"));
@@ -155,6 +160,9 @@ fn details(s: &v1::Status) {
             "chunks",
             format!("{}, {} sent again, {} reconnections", s.chunks, s.retransmitted_chunks, s.reconnects),
         );
+    }
+    if s.mode_switches > 0 {
+        field("modes", format!("the mode changed {} times", s.mode_switches));
     }
     if s.path_switches > 0 {
         field("switches", format!("the path changed {} times", s.path_switches));

@@ -90,6 +90,11 @@ impl Gauge {
             congestion_window: u64::from(info.tcpi_snd_cwnd).saturating_mul(info.tcpi_snd_mss.into()),
             bytes_acked: info.tcpi_bytes_acked,
             bytes_received: info.tcpi_bytes_received,
+            strained: Duration::from_micros(
+                info.tcpi_busy_time
+                    .saturating_sub(info.tcpi_rwnd_limited)
+                    .saturating_sub(info.tcpi_sndbuf_limited),
+            ),
         })
     }
 
@@ -151,4 +156,6 @@ pub struct Sample {
     pub bytes_acked: u64,
     /// Bytes received, since the start.
     pub bytes_received: u64,
+    /// How long there was something to send and only the network held it up, since the start.
+    pub strained: Duration,
 }

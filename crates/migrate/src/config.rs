@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use dwcp_proto::mode::Bounds;
 use dwcp_proto::{NodeKey, Path};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -145,6 +146,8 @@ pub struct EngineConfig {
     pub limits: Limits,
     /// What internet mode does.
     pub hde: Hde,
+    /// Which links count as a datacenter's.
+    pub bounds: Bounds,
     /// The flag's verdict, kept up to date.
     pub gate: watch::Receiver<Gate>,
     /// Whether this agent may attach to the VMMs' processes: then precopy outlives the destination's agent.
@@ -166,6 +169,8 @@ pub struct CheckReport {
     pub path: Option<String>,
     /// The mode that would be used.
     pub mode: Option<String>,
+    /// Why this mode.
+    pub mode_reason: Option<String>,
     /// Round trip to the peer, milliseconds.
     pub rtt_ms: Option<f64>,
 }

@@ -29,6 +29,8 @@ counters! {
     reconnects,
     /// The least round trip on the control connection, microseconds.
     rtt_us,
+    /// The least round trip there of late, microseconds.
+    rtt_now_us,
     /// Bytes a second that the peer acknowledged lately.
     rate,
     /// Pages sent as zero.

@@ -139,6 +139,7 @@ impl Engine {
                     notes: Vec::new(),
                     path: None,
                     mode: None,
+                    mode_reason: None,
                     rtt_ms: None,
                 };
             }

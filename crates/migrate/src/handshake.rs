@@ -254,6 +254,19 @@ impl Asking {
     }
 }
 
+/// A peer that measures the link; its burst follows.
+pub(crate) struct Probing {
+    pub(crate) reader: Reader,
+    pub(crate) writer: Writer,
+}
+
+impl Probing {
+    /// Refuses.
+    pub(crate) async fn refuse(mut self, failure: &Failure) {
+        let _ = write_message(&mut self.writer, refusal(failure)).await;
+    }
+}
+
 /// A connection that wants to join a session; its signature is not yet checked.
 pub(crate) struct Joining {
     pub(crate) join: Join,
@@ -269,6 +282,7 @@ pub(crate) enum Newcomer {
     Greeted(Box<Greeted>),
     Joining(Box<Joining>),
     Asking(Box<Asking>),
+    Probing(Box<Probing>),
 }
 
 /// Reads what a new connection wants.
@@ -301,11 +315,12 @@ pub(crate) async fn receive(conn: Connection) -> Result<Newcomer, Failure> {
             writer,
         }))),
         (Body::Ask(ask), Some(peer)) => Ok(Newcomer::Asking(Box::new(Asking { ask, peer, writer }))),
+        (Body::Probe(_), Some(_)) => Ok(Newcomer::Probing(Box::new(Probing { reader, writer }))),
         (Body::Join(join), peer) => {
             Ok(Newcomer::Joining(Box::new(Joining { join, binding, peer, reader, writer })))
         }
         (body, _) => {
-            Err(WireError::Unexpected { got: body.kind(), expected: "hello, join or ask" }.failure())
+            Err(WireError::Unexpected { got: body.kind(), expected: "hello, join, ask or probe" }.failure())
         }
     }
 }

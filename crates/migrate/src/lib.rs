@@ -29,6 +29,7 @@ mod journal;
 pub mod metrics;
 mod pilot;
 mod pool;
+mod probe;
 mod process;
 mod reception;
 mod recovery;

@@ -150,6 +150,7 @@ struct Series {
     unresolved: Gauge,
     node_path: Family<ByPath, Gauge>,
     switches: Family<BySwitch, Counter>,
+    mode_switches: Family<BySwitch, Counter>,
 }
 
 impl Default for Metrics {
@@ -181,8 +182,12 @@ impl Metrics {
                 }
             }
         }
-        for to in [Path::V1, Path::V3] {
-            Cause::ALL.iter().for_each(|&cause| touch(&s.switches, by_switch(to, cause)));
+        let of_path = Cause::ALL.into_iter().filter(|cause| !Cause::OF_MODE.contains(cause));
+        for (to, cause) in of_path.flat_map(|cause| [(Path::V1, cause), (Path::V3, cause)]) {
+            touch(&s.switches, BySwitch { to: to.name(), cause: cause.code() });
+        }
+        for (to, cause) in MODES.into_iter().flat_map(|to| Cause::OF_MODE.map(|cause| (to, cause))) {
+            touch(&s.mode_switches, BySwitch { to: to.name(), cause: cause.code() });
         }
         let metrics = Metrics(Arc::new(s));
         metrics.node_path(Path::V1);
@@ -243,6 +248,11 @@ impl Metrics {
         registry.register_collector(Box::new(Door(self.clone())));
         add!("dwcp_node_path", "1 for the path that new migrations of this node take", s.node_path);
         add!("dwcp_path_switches", "Changes of path in running migrations, at their source", s.switches);
+        add!(
+            "dwcp_mode_switches",
+            "Changes of v3's mode in running migrations, at their source",
+            s.mode_switches
+        );
         let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("dwcp_build", "The agent's build", build);
     }
@@ -346,7 +356,12 @@ impl Metrics {
 
     /// A running migration has changed its path.
     pub fn switched(&self, to: Path, cause: Cause) {
-        self.0.switches.get_or_create(&by_switch(to, cause)).inc();
+        self.0.switches.get_or_create(&BySwitch { to: to.name(), cause: cause.code() }).inc();
+    }
+
+    /// A running migration has changed its mode.
+    pub fn mode_switched(&self, to: Mode, cause: Cause) {
+        self.0.mode_switches.get_or_create(&BySwitch { to: to.name(), cause: cause.code() }).inc();
     }
 
     /// A migration runs until the guard is dropped.
@@ -493,10 +508,6 @@ fn layers(stats: &Stats) -> [(&'static str, u64); 6] {
 
 fn by_error(mode: Mode, blame: Blame) -> ByError {
     ByError { mode: mode.name(), blame: blame_label(blame) }
-}
-
-fn by_switch(to: Path, cause: Cause) -> BySwitch {
-    BySwitch { to: to.name(), cause: cause.code() }
 }
 
 fn blame_label(blame: Blame) -> &'static str {

@@ -21,7 +21,7 @@ use crate::report::Report;
 use crate::shared::{Entry, Shared, Waiting};
 use crate::spec::{IncomingSpec, Vmm};
 use crate::status::{Phase, Role, Status};
-use crate::{explain, hde, inquiry, recovery, retry, source};
+use crate::{explain, hde, inquiry, probe, recovery, retry, source};
 
 /// Connections that have not yet said what they want, or wait for the answer; a plain one has proved nothing until then. Each has
 /// [`PATIENCE`](crate::wire::PATIENCE) for a message.
@@ -87,6 +87,7 @@ impl Shared {
             Ok(Newcomer::Greeted(greeted)) => self.hello(*greeted).await,
             Ok(Newcomer::Joining(joining)) => self.join(joining).await,
             Ok(Newcomer::Asking(asking)) => inquiry::answer(&self, *asking).await,
+            Ok(Newcomer::Probing(probing)) => probe::answer(&self, *probing).await,
             Err(failure) => debug!(?addr, %failure, "connection dropped"),
         }
     }

@@ -52,6 +52,8 @@ impl Report {
             status: "preparing".to_owned(),
             path: None,
             mode: None,
+            mode_reason: None,
+            mode_switches: 0,
             source: None,
             sink: None,
             encryption: None,
@@ -181,15 +183,23 @@ impl Report {
 
     /// The data goes on as another leg.
     pub(crate) fn turned(&self, leg: &Leg, cause: Cause, reason: &str) {
+        let of_mode = Cause::OF_MODE.contains(&cause);
         self.set(|s| {
+            let mapped = s.sink.as_deref() == Some("mapped");
             on_leg(s, leg);
-            s.path_switches += u32::from(cause != Cause::Restarted);
+            s.mode_switches += u32::from(of_mode);
+            s.path_switches += u32::from(!of_mode && cause != Cause::Restarted);
+            let text = match of_mode {
+                false => format!("{} from byte {} on: {cause}: {reason}", leg.path.name(), leg.from),
+                true if mapped && !leg.choice.mapped => {
+                    format!("sink stream instead of mapped from byte {} on: the mode changed, and what was written to the VMM's \
+                             socket may be unread", leg.from)
+                }
+                // A mode is not worse than the other; why it changed is in `mode_reason`.
+                true => return,
+            };
             if s.fallback_reasons.len() < MAX_REASONS {
-                s.fallback_reasons.push(format!(
-                    "{} from byte {} on: {cause}: {reason}",
-                    leg.path.name(),
-                    leg.from
-                ));
+                s.fallback_reasons.push(text);
             }
         });
     }
@@ -254,11 +264,22 @@ pub(crate) struct Turned {
     pub(crate) change: Change,
 }
 
+/// A turn as a line of the journal: its kind, and more for people.
+pub(crate) fn told(leg: &Leg, change: &Change) -> (&'static str, String) {
+    let (what, name) = match change.cause {
+        Cause::Restarted => ("resumed", leg.path.name()),
+        cause if Cause::OF_MODE.contains(&cause) => ("mode_switch", leg.mode.name()),
+        _ => ("path_switch", leg.path.name()),
+    };
+    (what, format!("{name} from byte {} on: {}: {}", leg.from, change.cause, change.reason))
+}
+
 fn on_leg(status: &mut Status, leg: &Leg) {
     let v3 = leg.path == Path::V3;
     let through = if v3 { "stream" } else { "opaque" };
     status.path = Some(leg.path.name().to_owned());
     status.mode = v3.then(|| leg.mode.name().to_owned());
+    status.mode_reason = v3.then(|| leg.choice.mode_reason.clone());
     status.source = Some(through.to_owned());
     status.sink = Some(if leg.choice.mapped { "mapped" } else { through }.to_owned());
     status.encryption = Some(if leg.choice.plain { "none" } else { "tls" }.to_owned());

@@ -10,7 +10,7 @@ use dwcp_link::Identity;
 use dwcp_proto::message::{MINOR, Offer};
 use dwcp_proto::negotiate::{MAX_STREAMS, MIN_WINDOW};
 use dwcp_proto::{Codec, MigrationId, Path, SessionId, VmName};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
 use crate::config::{EngineConfig, Gate, V1Policy};
@@ -19,6 +19,7 @@ use crate::guest::Guest;
 use crate::handshake::{Arrival, Session};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
+use crate::probe::MAX_PROBES;
 use crate::reins::{Held, Reins, reins};
 use crate::report::Report;
 use crate::spec::{IncomingSpec, MigrateSpec};
@@ -38,6 +39,8 @@ pub(crate) struct Shared {
     /// How long a small synced write to the state folder takes.
     pub(crate) write_time: Duration,
     pub(crate) data_addr: SocketAddr,
+    /// Places for nodes that probe the link.
+    pub(crate) probes: Semaphore,
     registry: Mutex<Registry>,
 }
 
@@ -78,8 +81,8 @@ impl Shared {
         write_time: Duration,
         data_addr: SocketAddr,
     ) -> Self {
-        let metrics = Metrics::new();
-        Shared { config, identity, pool, metrics, write_time, data_addr, registry: Mutex::default() }
+        let (metrics, probes) = (Metrics::new(), Semaphore::new(MAX_PROBES));
+        Shared { config, identity, pool, metrics, write_time, data_addr, probes, registry: Mutex::default() }
     }
 
     pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {

@@ -80,6 +80,12 @@ pub struct Status {
     pub path: Option<String>,
     /// `internet` or `datacenter`; absent on v1.
     pub mode: Option<String>,
+    /// Why this mode; absent on v1.
+    #[serde(default)]
+    pub mode_reason: Option<String>,
+    /// Times that the mode of v3 changed in mid-migration.
+    #[serde(default)]
+    pub mode_switches: u32,
     /// Where pages are read: `stream`, `opaque`.
     pub source: Option<String>,
     /// Where pages are written: `stream`, `opaque`.

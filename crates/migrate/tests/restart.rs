@@ -14,6 +14,7 @@ use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, S
 use dwcp_migrate::status::{Explanation, Phase, Role, Status};
 use dwcp_migrate::{Engine, EngineConfig, FlagReason, Gate, Hde, Limits, Policy};
 use dwcp_proto::handover::Resolution;
+use dwcp_proto::mode::Bounds;
 use dwcp_proto::{MigrationId, NodeKey, NodeName, VmName};
 use dwcp_vmm::sim::{Fault, GuestSpec, SimVmm};
 use tempfile::TempDir;
@@ -57,6 +58,7 @@ impl Agent {
             policy: Policy::default(),
             limits: Limits { inflight: 16 << 20, workers: 1, migrations: 4, memory: None },
             hde: Hde::default(),
+            bounds: Bounds::default(),
             gate: self.gate.subscribe(),
             attach: false,
             listen: self.listen,

@@ -7,7 +7,7 @@
 //! | [`frame`], [`message`] | what follows what on a connection; the sequence of a migration |
 //! | [`negotiate`], [`session`] | what both sides agree on, and the id that binds everything signed later to it |
 //! | [`sender`], [`receiver`], [`pace`] | the state machines of path v3 |
-//! | [`leg`], [`path`] | how a running migration changes its path, and when |
+//! | [`leg`], [`path`], [`mode`] | how a running migration changes its path or its mode, and when |
 //! | [`units`] | sizes, rates and durations as people write them |
 
 pub mod chunk;
@@ -19,6 +19,7 @@ pub mod journal;
 pub mod leg;
 pub mod limits;
 pub mod message;
+pub mod mode;
 pub mod negotiate;
 pub mod pace;
 pub mod path;

@@ -22,7 +22,9 @@
 //!   | Signed(Commit)                                      |
 //!   |              Signed(Running)                        |
 //! ```
-//! Beside all that either node may `Ask` the other what it knows of a migration, and is `Told`.
+//! Beside all that either node may `Ask` the other what it knows of a migration, and is `Told`; and before a migration the source may
+//! `Probe` the link on connections of their own: bytes without meaning up to the end of its direction, after which it is told what
+//! came of them (`Probed`).
 //!
 //! A control connection that was lost is made again with a `Join` of its own; whoever came back first repeats what
 //! the other may have missed. Messages are Protocol Buffers, so that a newer minor may add fields that an older one skips.
@@ -36,7 +38,10 @@ pub const MINOR: u32 = 0;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Message {
     /// What it says; a body unknown here (a newer peer's) decodes as `None`.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20")]
+    #[prost(
+        oneof = "Body",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 30, 31"
+    )]
     pub body: Option<Body>,
 }
 
@@ -100,6 +105,12 @@ pub enum Body {
     /// The destination came back without what it knew of the present leg.
     #[prost(message, tag = "20")]
     Restarted(Restarted),
+    /// Announces a burst by which the link is measured.
+    #[prost(message, tag = "30")]
+    Probe(Probe),
+    /// What came of it.
+    #[prost(message, tag = "31")]
+    Probed(Probed),
 }
 
 /// What one side can and may do. Numbers are the wire's; `negotiate` reads them.
@@ -254,6 +265,9 @@ pub struct Choice {
     /// Chunks may refer to pages in a cache of so many; 0 for none.
     #[prost(uint32, tag = "21")]
     pub cache_pages: u32,
+    /// Why this mode, in words.
+    #[prost(string, tag = "30")]
+    pub mode_reason: String,
 }
 
 /// Fixes the choice.
@@ -452,6 +466,27 @@ pub struct Told {
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct Restarted {}
 
+/// Announces bytes without meaning, which end with the sender's direction of the connection.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Probe {}
+
+/// What came of a probe. Rates are bytes a second.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Probed {
+    /// Bytes that came.
+    #[prost(uint64, tag = "1")]
+    pub bytes: u64,
+    /// Microseconds from the first to the last of them.
+    #[prost(uint64, tag = "2")]
+    pub micros: u64,
+    /// The rate over the second half of that time.
+    #[prost(uint64, tag = "3")]
+    pub steady: u64,
+    /// The highest rate over any 2 MiB.
+    #[prost(uint64, tag = "4")]
+    pub best: u64,
+}
+
 /// A sign of life.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct Ping {
@@ -501,6 +536,8 @@ impl Body {
             Body::Ask(_) => "ask",
             Body::Told(_) => "told",
             Body::Restarted(_) => "restarted",
+            Body::Probe(_) => "probe",
+            Body::Probed(_) => "probed",
         }
     }
 }

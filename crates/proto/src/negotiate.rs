@@ -112,24 +112,23 @@ pub enum Impossible {
     BadOffer(&'static str),
 }
 
-/// The choice of a leg that goes on over `path`: what was negotiated at the beginning, but for the flag, which has changed since.
-/// Whether the flag allows v3 now is each side's own to judge.
+/// The choice of a leg that goes on as `wish` has it: what was negotiated at the beginning, but for the flag, which has changed since.
+/// Whether the flag allows v3 now is each side's own to judge. `link` is what the link counts as for policy.
 ///
 /// # Errors
 /// The path is barred by policy, or the two agents share no version of it.
 pub fn choose_again(
     source: &Offer,
     destination: &Offer,
-    path: Path,
     wish: Wish,
+    link: Mode,
     before: &Choice,
 ) -> Result<Choice, Impossible> {
-    let link = Mode::from_wire(before.mode).unwrap_or(Mode::Internet);
     let (source, destination) =
         (Offer { v3: true, ..source.clone() }, Offer { v3: true, ..destination.clone() });
     // What was written to the VMM's socket may be unread still: only a stream from its beginning can be mapped.
     let destination = Offer { mapped: Vec::new(), unmapped: String::new(), ..destination };
-    let choice = choose(&source, &destination, Wish { path: Some(path), ..wish }, link)?;
+    let choice = choose(&source, &destination, wish, link)?;
     Ok(Choice { guest_runs: before.guest_runs, ..choice })
 }
 
@@ -202,6 +201,7 @@ pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Re
         guest_runs: false,
         mapped,
         cache_pages: if refers && !mapped { destination.cache_pages } else { 0 },
+        mode_reason: String::new(),
     })
 }
 
@@ -245,7 +245,10 @@ pub fn permits(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(
     if choice.mapped && destination.mapped.is_empty() || choice.cache_pages > destination.cache_pages {
         return Err("references to what the destination does not hold");
     }
-    if choice.reasons.len() > MAX_REASONS || choice.reasons.iter().any(|r| r.len() > MAX_REASON) {
+    if choice.mode_reason.len() > MAX_REASON
+        || choice.reasons.len() > MAX_REASONS
+        || choice.reasons.iter().any(|r| r.len() > MAX_REASON)
+    {
         return Err("too many words for its reasons");
     }
     Ok(())
@@ -362,7 +365,7 @@ mod tests {
         assert_eq!(choose(&offer(), &mapped, Mode::Internet), (false, 0, 0));
 
         let first = super::choose(&new, &mapped, Wish::default(), Mode::Internet).unwrap();
-        let again = choose_again(&new, &mapped, Path::V3, Wish::default(), &first).unwrap();
+        let again = choose_again(&new, &mapped, wish(Path::V3), Mode::Internet, &first).unwrap();
         assert_eq!((again.mapped, again.cache_pages), (false, 9));
         assert_eq!(permits_again(&again, &new, &mapped), Ok(()));
         assert!(permits_again(&first, &new, &mapped).is_err());
@@ -376,6 +379,10 @@ mod tests {
         assert!(permits(&first, &new, &cached).is_err());
         let wordy = Offer { mapped: vec![Vec::new(); MAX_MAPPED + 1], ..mapped };
         assert!(super::choose(&new, &wordy, Wish::default(), Mode::Internet).is_err());
+    }
+
+    fn wish(path: Path) -> Wish {
+        Wish { path: Some(path), ..Wish::default() }
     }
 
     fn path_of(choice: &Choice) -> Path {
@@ -431,13 +438,13 @@ mod tests {
         let off = Offer { v3: false, ..offer() };
         let first = choose(&off, &offer(), Wish::default(), Mode::Internet).unwrap();
         assert_eq!(path_of(&first), Path::V1);
-        let v3 = choose_again(&off, &offer(), Path::V3, Wish::default(), &first).unwrap();
+        let v3 = choose_again(&off, &offer(), wish(Path::V3), Mode::Internet, &first).unwrap();
         assert_eq!((path_of(&v3), v3.streams), (Path::V3, 4));
         assert_eq!(permits_again(&v3, &off, &offer()), Ok(()));
         assert!(permits(&v3, &off, &offer()).is_err());
         let never = Offer { v1: 0, ..offer() };
         assert_eq!(
-            choose_again(&never, &offer(), Path::V1, Wish::default(), &v3),
+            choose_again(&never, &offer(), wish(Path::V1), Mode::Internet, &v3),
             Err(Impossible::V1Barred("source"))
         );
         assert!(permits_again(&first, &offer(), &never).is_err());
@@ -455,6 +462,7 @@ mod tests {
             Choice { hde: 2, ..good.clone() },
             Choice { hde: 0, ..good.clone() },
             Choice { reasons: vec!["x".repeat(MAX_REASON + 1)], ..good.clone() },
+            Choice { mode_reason: "x".repeat(MAX_REASON + 1), ..good.clone() },
         ];
         for choice in bad {
             assert!(permits(&choice, &offer(), &offer()).is_err(), "{choice:?}");

@@ -37,11 +37,17 @@ pub enum Cause {
     Operator,
     /// The destination's agent came back without what it knew.
     Restarted,
+    /// The link's round trip has become too long for a datacenter: the mode changes, not the path.
+    LinkFar,
+    /// The link carries too little for a datacenter: likewise.
+    LinkSlow,
+    /// The link has become a datacenter's: likewise.
+    LinkNear,
 }
 
 impl Cause {
     /// Every cause.
-    pub const ALL: [Cause; 7] = [
+    pub const ALL: [Cause; 10] = [
         Cause::Flag,
         Cause::Veto,
         Cause::Encoder,
@@ -49,7 +55,12 @@ impl Cause {
         Cause::Cpu,
         Cause::Operator,
         Cause::Restarted,
+        Cause::LinkFar,
+        Cause::LinkSlow,
+        Cause::LinkNear,
     ];
+    /// Those that change the mode of v3 and leave the path.
+    pub const OF_MODE: [Cause; 3] = [Cause::LinkFar, Cause::LinkSlow, Cause::LinkNear];
 
     /// The stable code, in snake_case.
     pub fn code(self) -> &'static str {
@@ -61,6 +72,9 @@ impl Cause {
             Cause::Cpu => "breaker_cpu",
             Cause::Operator => "operator",
             Cause::Restarted => "peer_restarted",
+            Cause::LinkFar => "link_far",
+            Cause::LinkSlow => "link_slow",
+            Cause::LinkNear => "link_near",
         }
     }
 }

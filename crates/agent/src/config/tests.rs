@@ -34,6 +34,10 @@ memory = "64MiB"
 agent_memory = "512MiB"
 bandwidth = "200Mbit"
 
+[link]
+datacenter_rtt = "2ms"
+datacenter_rate = "10Gbit"
+
 [vmm]
 attach = "none"
 paths = ["/run/qemu", "/run/libvirt"]
@@ -73,6 +77,8 @@ fn every_key_is_read() {
     assert_eq!(config.limits.memory, Memory(64 << 20));
     assert_eq!(config.hde, Hde { delta: false, ..Hde::default() });
     assert_eq!(config.limits.bandwidth, NonZeroU64::new(25_000_000).map(Rate));
+    assert_eq!(config.link.datacenter_rtt, Trip(Duration::from_millis(2)));
+    assert_eq!(config.link.datacenter_rate.0.get(), 1_250_000_000);
     assert_eq!((config.limits.cpus(), config.limits.workers()), (4, 3));
     assert_eq!(config.vmm.paths.len(), 2);
     assert_eq!(config.flags.return_after, Wait(Duration::from_secs(90)));

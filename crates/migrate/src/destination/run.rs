@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use dwcp_proto::Path;
 use dwcp_proto::handover::{AbortReason, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::message::{Ack, Body, Purpose, Restarted, Veto};
-use dwcp_proto::path::Cause;
 use dwcp_vmm::mapped::Ram;
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationStatus, Qemu, RunState};
 use dwcp_vmm::socket;
@@ -29,7 +28,7 @@ use crate::handshake::Arrival;
 use crate::metrics::InFlight;
 use crate::pilot::{Pilot, Step};
 use crate::reins::{Pull, Reins};
-use crate::report::{Report, Turned};
+use crate::report::{Report, Turned, told};
 use crate::shared::Shared;
 use crate::source::closing;
 use crate::status::Phase;
@@ -373,8 +372,7 @@ impl Run {
         if let Some(in_flight) = &mut self.in_flight {
             in_flight.path(path);
         }
-        let text = format!("{} from byte {} on: {cause}: {}", path.name(), leg.from, change.reason);
-        let what = if cause == Cause::Restarted { "resumed" } else { "path_switch" };
+        let (what, text) = told(&leg, &change);
         self.pilot.note(what, text).await;
     }
 

@@ -8,10 +8,10 @@
 
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Body, Switch, Switched};
-use dwcp_proto::negotiate::choose_again;
+use dwcp_proto::negotiate::{Wish, choose_again};
 use dwcp_proto::path::{Cause, Change};
 use dwcp_proto::session::{switch_message, switched_message};
-use dwcp_proto::{Leg, Path, StreamOffset};
+use dwcp_proto::{Leg, Mode, Path, StreamOffset};
 use tokio::sync::mpsc;
 use tracing::info;
 
@@ -29,7 +29,7 @@ pub(crate) type Peer = mpsc::Receiver<DataEvent>;
 pub(crate) enum Carried {
     /// Everything was applied at the destination.
     All(Transfer),
-    /// The path should change.
+    /// The path or the mode should change.
     Turn(Change),
 }
 
@@ -49,6 +49,7 @@ pub(crate) async fn carry(
     turns: mpsc::Sender<Turned>,
 ) -> Result<Transfer, Failure> {
     let mut leg = out.leg();
+    let mut link = out.link;
     loop {
         let (carried, mut before) = match leg.path {
             Path::V3 => {
@@ -65,8 +66,13 @@ pub(crate) async fn carry(
             Carried::All(transfer) => return Ok(transfer),
             Carried::Turn(change) => change,
         };
-        info!(to = change.to.name(), cause = %change.cause, reason = %change.reason, "the path changes");
-        let switch = order(&out, &leg, &change)?;
+        let mode = helm.mode();
+        info!(to = change.to.name(), mode = mode.name(), cause = %change.cause, reason = %change.reason, "the leg ends");
+        // A link that was an internet's once is not trusted again in this session: what was TLS stays TLS.
+        if matches!(change.cause, Cause::LinkFar | Cause::LinkSlow) {
+            link = Mode::Internet;
+        }
+        let switch = order(&out, &leg, &change, mode, link)?;
         let switched = ask(&out, &control, &switch, &mut peer, &mut helm).await?;
         let from = StreamOffset(switched.applied);
         let choice = switch.choice.unwrap_or_default();
@@ -90,24 +96,29 @@ pub(crate) async fn carry(
         leg =
             next.ok_or_else(|| Failure::new("leg", Blame::Local, "no further leg", "please report this"))?;
         reel.rewind();
-        helm.turned(leg.path);
-        info!(leg = leg.number, path = leg.path.name(), offset = %leg.from, "goes on");
+        helm.turned(&leg, change.cause);
+        info!(leg = leg.number, path = leg.path.name(), mode = leg.mode.name(), offset = %leg.from, "goes on");
         out.begin(&leg);
         // A full queue means that the migration's task waits for a VMM; the status tells all the same.
         let _ = turns.try_send(Turned { leg: leg.clone(), change });
     }
 }
 
-/// The order to go on as another leg.
-fn order(out: &Outgoing, leg: &Leg, change: &Change) -> Result<Switch, Failure> {
+/// The order to go on as another leg, where v3 has this mode and policy sees this link.
+fn order(out: &Outgoing, leg: &Leg, change: &Change, mode: Mode, link: Mode) -> Result<Switch, Failure> {
     let (source, destination) = (&out.session.offers.source, &out.session.offers.destination);
-    let choice = match change.to == leg.path {
-        true => leg.choice.clone(),
-        false => choose_again(source, destination, change.to, out.wish, &leg.choice).map_err(|why| {
+    let wish = Wish { path: Some(change.to), mode: Some(mode), ..out.wish };
+    let mut choice = match change.cause {
+        Cause::Restarted => leg.choice.clone(),
+        _ => choose_again(source, destination, wish, link, &leg.choice).map_err(|why| {
             let text = format!("{} ({}), and {why}", change.reason, change.cause);
             let code = if change.to == Path::V1 { "v1_barred" } else { "no_path" };
             Failure::new(code, Blame::Operator, text, "change [policy] v1, or the flag")
         })?,
+    };
+    choice.mode_reason = match Cause::OF_MODE.contains(&change.cause) {
+        true => change.reason.clone(),
+        false => leg.choice.mode_reason.clone(),
     };
     let mut switch = Switch {
         leg: leg.number + 1,

@@ -14,6 +14,7 @@ use dwcp_hde::{CacheSize, Choice as Compression, EncodeError, Holding, Memory, S
 use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Purpose};
+use dwcp_proto::mode::Link;
 use dwcp_proto::pace::Pace;
 use dwcp_proto::sender::{LINK_QUEUE, Sender, SenderError};
 use dwcp_proto::{EncodedChunk, Lane, Leg, LinkId, Mode, SealedChunk, Sealer, Segment, Seq, StreamOffset};
@@ -29,6 +30,7 @@ use super::Outgoing;
 use super::carry::{Carried, Peer, restarted};
 use super::helm::Helm;
 use super::reel::Reel;
+use super::survey::Survey;
 use crate::control::{DataEvent, RETRY, STALLED};
 use crate::error::{Blame, Failure};
 use crate::handshake::{Dialler, nonce};
@@ -67,6 +69,7 @@ pub(crate) async fn send(
     let mut stage = Stage::new(out.clone(), leg);
     let mut encoding = FuturesOrdered::new();
     let mut receipt = out.receipt.subscribe();
+    let mut survey = Survey::new(out);
     loop {
         let wait = if helm.holds() && !stage.ending() { None } else { stage.pump() };
         if let Some(transfer) = stage.delivered(*receipt.borrow_and_update()) {
@@ -99,6 +102,10 @@ pub(crate) async fn send(
                 None => return Err(ended()),
             },
             Ok(()) = receipt.changed() => {}
+            () = survey.due(), if !stage.ending() => {
+                let narrow = helm.measured(stage.survey(&mut survey));
+                stage.sender.pace().narrow(narrow);
+            }
             Some(chunk) = encoding.next(), if stage.wants_more() => match chunk {
                 Ok(chunk) => stage.push(chunk),
                 // The bytes are still here; v1 needs no encoder.
@@ -337,6 +344,12 @@ impl Stage {
                 self.sender.link_down(link);
             }
         }
+    }
+
+    /// What the link is like now.
+    fn survey(&mut self, survey: &mut Survey) -> Link {
+        let rate = self.sender.pace().rate();
+        survey.look(self.links.iter().map(|(link, (_, gauge))| (*link, gauge)), rate)
     }
 
     fn acked(&mut self, ack: Ack, reel: &mut Reel) -> Result<(), Failure> {

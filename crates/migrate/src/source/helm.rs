@@ -1,11 +1,12 @@
-//! When the data path of a running migration turns to another path: `dwcp_proto::path` with a clock, the flag, the operator and this
-//! node's own troubles.
+//! When the data path of a running migration turns to another path or mode: `dwcp_proto::path` and `dwcp_proto::mode` with a clock,
+//! the flag, the operator, this node's own troubles and what the link is like.
 
 use std::future::pending;
 use std::time::{Duration, Instant};
 
-use dwcp_proto::Path;
+use dwcp_proto::mode::{Link, ModeChange, ModeChoice};
 use dwcp_proto::path::{Cause, Change, PathChoice, Permit};
+use dwcp_proto::{Leg, Mode, Path};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep;
 use tracing::info;
@@ -32,6 +33,9 @@ pub(crate) struct SwitchOrder {
 /// See the module.
 pub(crate) struct Helm {
     choice: PathChoice,
+    mode: ModeChoice,
+    /// The change of mode that should be made.
+    wanted: Option<ModeChange>,
     started: Instant,
     gate: watch::Receiver<Gate>,
     orders: mpsc::Receiver<SwitchOrder>,
@@ -46,6 +50,7 @@ impl Helm {
     pub(crate) fn new(
         path: Path,
         fixed: Option<Path>,
+        mode: ModeChoice,
         mut gate: watch::Receiver<Gate>,
         orders: mpsc::Receiver<SwitchOrder>,
         stopped: watch::Receiver<bool>,
@@ -53,20 +58,21 @@ impl Helm {
     ) -> Self {
         let permit = permit(&gate.borrow_and_update());
         let choice = PathChoice::new(path, fixed, permit, PATIENCE, Duration::ZERO);
-        Helm { choice, started: Instant::now(), gate, orders, stopped, memory, said: false }
+        let started = Instant::now();
+        Helm { choice, mode, wanted: None, started, gate, orders, stopped, memory, said: false }
     }
 
-    /// Waits until the path should change. Cancel safe.
+    /// Waits until the path or the mode should change. Cancel safe.
     pub(crate) async fn turn(&mut self) -> Change {
         loop {
             let now = self.started.elapsed();
             let stopped = *self.stopped.borrow_and_update();
-            if let Some(change) = self.choice.poll(now) {
+            if let Some(change) = self.choice.poll(now).or_else(|| self.wanted()) {
                 if !stopped {
                     return change;
                 }
                 if !std::mem::replace(&mut self.said, true) {
-                    info!(to = change.to.name(), cause = %change.cause, reason = %change.reason,
+                    info!(to = change.to.name(), mode = self.mode().name(), cause = %change.cause, reason = %change.reason,
                         "the switchover has begun: it is finished on the present path");
                 }
             }
@@ -101,9 +107,33 @@ impl Helm {
         self.choice.trouble(Some((Cause::Encoder, words(&why))), self.started.elapsed());
     }
 
-    /// The data is on `path` from now on.
-    pub(crate) fn turned(&mut self, path: Path) {
-        self.choice.changed(path, self.started.elapsed());
+    /// What the link is like now; whether its queues should be kept short until more is known.
+    pub(crate) fn measured(&mut self, link: Link) -> bool {
+        self.wanted = self.mode.measured(link, self.started.elapsed());
+        self.mode.doubts()
+    }
+
+    /// The mode that v3 should be in from the next leg on.
+    pub(crate) fn mode(&self) -> Mode {
+        self.wanted.as_ref().map_or(self.mode.mode(), |change| change.to)
+    }
+
+    /// The data goes on as `leg`.
+    pub(crate) fn turned(&mut self, leg: &Leg, cause: Cause) {
+        let now = self.started.elapsed();
+        if !Cause::OF_MODE.contains(&cause) {
+            self.choice.changed(leg.path, now);
+        }
+        if leg.path == Path::V3 && leg.mode != self.mode.mode() {
+            self.mode.changed(leg.mode, now);
+        }
+        self.wanted = None;
+    }
+
+    /// The change of mode that is due, as a change of the leg.
+    fn wanted(&self) -> Option<Change> {
+        let ModeChange { cause, reason, .. } = self.wanted.clone()?;
+        (self.choice.path() == Path::V3).then_some(Change { to: Path::V3, cause, reason })
     }
 
     fn obey(&mut self, order: SwitchOrder, stopped: bool) {

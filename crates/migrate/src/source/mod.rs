@@ -13,6 +13,7 @@ mod ingest;
 mod plan;
 mod reel;
 mod run;
+mod survey;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -72,6 +73,10 @@ pub(crate) struct Outgoing {
     layers: Layers,
     /// What the caller wished for, for the legs after the first.
     wish: Wish,
+    /// What the link counted as at the beginning, for policy.
+    link: Mode,
+    /// Bytes a second that may be taken of it.
+    limit: Option<u64>,
     /// The leg that the data is on.
     leg: Arc<watch::Sender<Leg>>,
     /// What the destination has given its receipt for: acknowledged, whatever acknowledgements were lost.
@@ -136,7 +141,7 @@ async fn attempt(
         () = reins.cancelled() => return Err(cancelled()),
         () = passed(deadline) => return Err(deadline_failure()),
     };
-    let Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, ram, .. } = plan;
+    let Plan { guest, met, choice, dialler, guest_ran, downtime, wish, link, mode, offer, ram, .. } = plan;
     // Before the destination is bound to the session: a disk that cannot take a journal is no reason to keep it waiting.
     if report.attempt() > 1 {
         recovery::retire(shared, id, Side::Source);
@@ -204,6 +209,8 @@ async fn attempt(
         remember: crate::hde::allowance(ram, shared.config.limits.memory),
         layers: crate::hde::layers(shared.config.hde),
         wish,
+        link,
+        limit: spec.bandwidth_limit,
     };
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
     run.vmm_limit = downtime.vmm;
@@ -214,6 +221,7 @@ async fn attempt(
         PathWish::V1 => Some(Path::V1),
         PathWish::V3 => Some(Path::V3),
     };
+    run.mode = Some(mode);
     run.switches = reins.switches();
     run.in_flight = Some(in_flight);
     run.drive(events, reins).await;
@@ -264,6 +272,8 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         remember: 0,
         layers: Layers::ZERO,
         wish: Wish::default(),
+        link: Mode::Internet,
+        limit: None,
     };
     let mut run = Run::new(&shared, &id, &report, pilot, guest, control, outgoing);
     run.dark_since = Some(Instant::now());

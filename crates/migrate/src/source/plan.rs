@@ -4,21 +4,22 @@ use std::time::Duration;
 
 use dwcp_link::DialOptions;
 use dwcp_proto::message::{Choice, Hello, Offer};
+use dwcp_proto::mode::ModeChoice;
 use dwcp_proto::negotiate::{Impossible, Wish, choose};
-use dwcp_proto::{MigrationId, Mode, Path};
+use dwcp_proto::{MigrationId, Mode, Path, units};
 use dwcp_vmm::describe::VmDescription;
 use dwcp_vmm::preflight::{self, Finding, compare};
 use dwcp_vmm::qmp::RunState;
+use tracing::warn;
 
 use crate::config::CheckReport;
 use crate::error::{Blame, Failure};
 use crate::guest::{Guest, qmp_failure};
 use crate::handshake::{Dialler, Met, nonce};
+use crate::probe::{Burst, probe};
 use crate::shared::Shared;
 use crate::spec::{Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 
-/// A link counts as datacenter below this round trip.
-const DATACENTER_RTT: Duration = Duration::from_millis(5);
 /// What loading the devices' state takes at the destination, about: 5 to 15 ms were seen with the devices of a cloud guest.
 const DEVICE_LOAD: Duration = Duration::from_millis(20);
 /// Journal writes between STOP and RESUME: receipt, commit, starting.
@@ -66,6 +67,9 @@ pub(crate) struct Plan {
     pub(crate) guest_ran: bool,
     pub(crate) downtime: Downtime,
     pub(crate) wish: Wish,
+    /// What the link counts as for policy.
+    pub(crate) link: Mode,
+    pub(crate) mode: ModeChoice,
     pub(crate) offer: Offer,
     /// Bytes of guest RAM.
     pub(crate) ram: u64,
@@ -174,18 +178,28 @@ pub(crate) async fn plan(
             false => notes.push(finding.to_string()),
         }
     }
-    let link = if met.rtt < DATACENTER_RTT { Mode::Datacenter } else { Mode::Internet };
+    let fixed = match spec.mode {
+        ModeWish::Auto => None,
+        ModeWish::Internet => Some(Mode::Internet),
+        ModeWish::Datacenter => Some(Mode::Datacenter),
+    };
+    let (link, why) = judge(shared, &dialler, met.rtt, fixed.is_some()).await;
+    let (mode, mode_reason) = match (fixed, spec.bandwidth_limit) {
+        (Some(mode), _) => (mode, format!("{} mode was asked for", mode.name())),
+        // A link of which no more may be taken is as slow.
+        (None, Some(limit)) if link == Mode::Datacenter && (limit as f64) < shared.config.bounds.enough() => {
+            let limit = units::rate(limit as f64);
+            (Mode::Internet, format!("no more than {limit} may be taken of the link"))
+        }
+        (None, _) => (link, why),
+    };
     let wish = Wish {
         path: match spec.path {
             PathWish::Auto => None,
             PathWish::V1 => Some(Path::V1),
             PathWish::V3 => Some(Path::V3),
         },
-        mode: match spec.mode {
-            ModeWish::Auto => None,
-            ModeWish::Internet => Some(Mode::Internet),
-            ModeWish::Datacenter => Some(Mode::Datacenter),
-        },
+        mode: Some(mode),
         streams: spec.streams.map(u32::from),
     };
     let theirs = met.welcome.offer.clone().unwrap_or_default();
@@ -194,12 +208,43 @@ pub(crate) async fn plan(
         Err(error) => return Err(together(problems, impossible(error))),
     };
     choice.guest_runs = guest_ran;
+    choice.mode_reason = mode_reason;
+    let mode = ModeChoice::new(mode, fixed.is_some(), shared.config.bounds);
     let downtime = match Downtime::divide(spec.downtime_limit, met.rtt, shared.write_time) {
         Ok(downtime) => downtime,
         Err(failure) => return Err(together(problems, failure)),
     };
     let ram = crate::hde::ram_bytes(&description);
-    Ok(Plan { guest, met, choice, dialler, guest_ran, downtime, wish, offer, ram, problems, notes })
+    Ok(Plan {
+        guest,
+        met,
+        choice,
+        dialler,
+        guest_ran,
+        downtime,
+        wish,
+        link,
+        mode,
+        offer,
+        ram,
+        problems,
+        notes,
+    })
+}
+
+/// What kind of link it is, and why. With a mode by name the round trip decides: it is only policy that asks then.
+async fn judge(shared: &Shared, dialler: &Dialler, rtt: Duration, fixed: bool) -> (Mode, String) {
+    let bounds = shared.config.bounds;
+    if fixed || rtt >= bounds.rtt {
+        return bounds.judge(rtt, None);
+    }
+    match probe(dialler, Burst::QUICK).await {
+        Ok(carried) => bounds.judge(rtt, Some(carried.best)),
+        Err(failure) => {
+            warn!(%failure, "the link was not probed");
+            bounds.judge(rtt, None)
+        }
+    }
 }
 
 /// `migrate --check`.
@@ -209,6 +254,7 @@ pub(crate) async fn check(shared: &Shared, id: &MigrationId, spec: &MigrateSpec)
             ok: plan.problems.is_empty(),
             path: Path::from_wire(plan.choice.path).map(|p| p.name().to_owned()),
             mode: Mode::from_wire(plan.choice.mode).map(|m| m.name().to_owned()),
+            mode_reason: Some(plan.choice.mode_reason),
             rtt_ms: Some(plan.met.rtt.as_secs_f64() * 1e3),
             notes: plan.notes.into_iter().chain(plan.choice.reasons).collect(),
             problems: plan.problems,
@@ -219,6 +265,7 @@ pub(crate) async fn check(shared: &Shared, id: &MigrationId, spec: &MigrateSpec)
             notes: Vec::new(),
             path: None,
             mode: None,
+            mode_reason: None,
             rtt_ms: None,
         },
     }

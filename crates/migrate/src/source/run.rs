@@ -6,8 +6,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dwcp_proto::handover::{AbortReason, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::message::{Body, StreamEnd};
+use dwcp_proto::mode::ModeChoice;
 use dwcp_proto::path::Cause;
-use dwcp_proto::{MigrationId, Path};
+use dwcp_proto::{MigrationId, Mode, Path};
 use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
 use dwcp_vmm::socket;
 use tokio::net::UnixStream;
@@ -27,7 +28,7 @@ use crate::guest::{Guest, next_event, open_failure, qmp_failure};
 use crate::metrics::InFlight;
 use crate::pilot::{Pilot, Step};
 use crate::reins::{Pull, Reins};
-use crate::report::{Report, Turned};
+use crate::report::{Report, Turned, told};
 use crate::shared::Shared;
 use crate::status::Phase;
 
@@ -73,6 +74,8 @@ pub(super) struct Run {
     pub(super) data: Option<Peer>,
     /// The path that the caller asked for by name.
     pub(super) fixed: Option<Path>,
+    /// Which mode the link calls for, until the data path takes it.
+    pub(super) mode: Option<ModeChoice>,
     /// An operator's wishes for a path, until the data path takes them.
     pub(super) switches: Option<mpsc::Receiver<SwitchOrder>>,
     /// The guest stands still for the switchover.
@@ -96,8 +99,8 @@ pub(super) struct Run {
     fraction: f64,
     /// What was reported to the metrics so far: stream bytes, guest bytes.
     carried: (u64, u64),
-    /// The path that carried what is not reported yet.
-    counted: Path,
+    /// The path and mode that carried what is not reported yet.
+    counted: (Path, Mode),
 }
 
 impl Run {
@@ -129,6 +132,7 @@ impl Run {
             transport: JoinSet::new(),
             data: None,
             fixed: None,
+            mode: None,
             switches: None,
             stopped: watch::Sender::new(false),
             turns_tx,
@@ -145,7 +149,7 @@ impl Run {
             fraction: 0.0,
             // An earlier attempt has been counted.
             carried,
-            counted: outgoing.session.leg.path,
+            counted: (outgoing.session.leg.path, outgoing.session.leg.mode),
             outgoing,
         }
     }
@@ -327,12 +331,19 @@ impl Run {
         self.stream = Some(stream.clone());
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
         let Some(data) = self.data.take() else { return Ok(()) };
-        let Some(switches) = self.switches.take() else { return Ok(()) };
+        let (Some(switches), Some(mode)) = (self.switches.take(), self.mode.take()) else { return Ok(()) };
         let (out, control) = (self.outgoing.clone(), self.control.clone());
         let (report, leg, config) = (self.report.clone(), out.leg(), &self.shared.config);
         let stopped = self.stopped.subscribe();
-        let helm =
-            Helm::new(leg.path, self.fixed, config.gate.clone(), switches, stopped, config.limits.memory);
+        let helm = Helm::new(
+            leg.path,
+            self.fixed,
+            mode,
+            config.gate.clone(),
+            switches,
+            stopped,
+            config.limits.memory,
+        );
         let turns = self.turns_tx.clone();
         let carry = async move {
             let read = ingest::ingest(stream, leg.mode, segments_tx, report);
@@ -402,7 +413,7 @@ impl Run {
 
     /// That the deadline passed, and what else the operator should know of it.
     fn deadline_text(&self) -> String {
-        let turned = self.report.status().fallback_reasons.into_iter().rfind(|_| self.counted == Path::V1);
+        let turned = self.report.status().fallback_reasons.into_iter().rfind(|_| self.counted.0 == Path::V1);
         match turned {
             Some(reason) => format!("the deadline passed; v1 could not keep it (why v1: {reason})"),
             None => "the deadline passed".to_owned(),
@@ -413,15 +424,17 @@ impl Run {
     async fn turned(&mut self, Turned { leg, change }: Turned) {
         // What was carried so far counts for the path that carried it.
         self.count();
-        self.counted = leg.path;
+        self.counted = (leg.path, leg.mode);
         let (path, cause) = (leg.path, change.cause);
         self.report.turned(&leg, cause, &change.reason);
-        self.shared.metrics.switched(path, cause);
+        match Cause::OF_MODE.contains(&cause) {
+            true => self.shared.metrics.mode_switched(leg.mode, cause),
+            false => self.shared.metrics.switched(path, cause),
+        }
         if let Some(in_flight) = &mut self.in_flight {
             in_flight.path(path);
         }
-        let text = format!("{} from byte {} on: {cause}: {}", path.name(), leg.from, change.reason);
-        let what = if cause == Cause::Restarted { "resumed" } else { "path_switch" };
+        let (what, text) = told(&leg, &change);
         self.pilot.note(what, text).await;
     }
 
@@ -541,14 +554,8 @@ impl Run {
         let (raw, guest) = (counters.raw.load(), counters.guest.load());
         let metrics = &self.shared.metrics;
         match self.counted {
-            Path::V1 => metrics.v1_carried(raw - self.carried.0),
-            Path::V3 => {
-                metrics.v3_carried(
-                    self.outgoing.session.leg.mode,
-                    raw - self.carried.0,
-                    guest - self.carried.1,
-                );
-            }
+            (Path::V1, _) => metrics.v1_carried(raw - self.carried.0),
+            (Path::V3, mode) => metrics.v3_carried(mode, raw - self.carried.0, guest - self.carried.1),
         }
         self.carried = (raw, guest);
         self.report.refresh();

@@ -12,6 +12,7 @@ use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::Status;
 use dwcp_migrate::{Engine, EngineConfig, Failure, FlagReason, Gate, Hde, Limits, Policy};
+use dwcp_proto::mode::Bounds;
 use dwcp_proto::{MigrationId, NodeKey, NodeName, Path, VmName};
 use dwcp_vmm::sim::{GuestSpec, SimVmm};
 use prometheus_client::encoding::text::encode;
@@ -39,6 +40,10 @@ pub fn gate(v3: bool) -> Gate {
 
 impl Node {
     pub async fn start(name: &str, seed: u8, v3: bool, policy: Policy) -> Node {
+        Node::start_with(name, seed, v3, policy, Bounds::default()).await
+    }
+
+    pub async fn start_with(name: &str, seed: u8, v3: bool, policy: Policy, bounds: Bounds) -> Node {
         let dir = tempfile::tempdir().unwrap();
         let peers = Peers::of([key("a", 1).public(), key("b", 2).public()]);
         let (gate, gate_rx) = watch::channel(gate(v3));
@@ -49,6 +54,7 @@ impl Node {
             policy,
             limits: Limits { inflight: 16 << 20, workers: 2, migrations: 8, memory: None },
             hde: Hde::default(),
+            bounds,
             gate: gate_rx,
             attach: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
@@ -83,8 +89,12 @@ pub fn guest() -> GuestSpec {
 
 impl Scene {
     pub async fn new(a_v3: bool, b_v3: bool, policy: Policy) -> Scene {
+        Scene::with_bounds(a_v3, b_v3, policy, Bounds::default()).await
+    }
+
+    pub async fn with_bounds(a_v3: bool, b_v3: bool, policy: Policy, bounds: Bounds) -> Scene {
         logged();
-        let a = Node::start("a", 1, a_v3, policy).await;
+        let a = Node::start_with("a", 1, a_v3, policy, bounds).await;
         let b = Node::start("b", 2, b_v3, policy).await;
         let source = SimVmm::running(&a.qmp(), guest()).unwrap();
         let destination = SimVmm::incoming(&b.qmp(), guest()).unwrap();

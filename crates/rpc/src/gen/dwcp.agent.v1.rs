@@ -141,6 +141,9 @@ pub struct CheckReport {
     /// Round trip to the peer, milliseconds; absent where the peer was not reached.
     #[prost(double, optional, tag = "6")]
     pub rtt_ms: ::core::option::Option<f64>,
+    /// Why this mode, in words.
+    #[prost(string, optional, tag = "7")]
+    pub mode_reason: ::core::option::Option<::prost::alloc::string::String>,
 }
 /// Asks to follow a migration.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -424,6 +427,12 @@ pub struct Status {
     /// Which attempt at this migration, counted from 1.
     #[prost(uint32, tag = "28")]
     pub attempt: u32,
+    /// Why this mode, in words; absent on v1.
+    #[prost(string, optional, tag = "40")]
+    pub mode_reason: ::core::option::Option<::prost::alloc::string::String>,
+    /// Times that the mode of v3 changed in mid-migration.
+    #[prost(uint32, tag = "41")]
+    pub mode_switches: u32,
 }
 /// Asks for the agent's own state.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

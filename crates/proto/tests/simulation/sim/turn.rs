@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use dwcp_proto::handover::{AbortReason, Input};
-use dwcp_proto::negotiate::{choose_again, permits_again};
+use dwcp_proto::negotiate::{Wish, choose_again, permits_again};
 use dwcp_proto::path::{Cause, LEAST, PathChoice, Permit};
-use dwcp_proto::{Leg, LinkId, Path};
+use dwcp_proto::{Leg, LinkId, Mode, Path};
 
 use super::agent::Vmm;
 use super::data::{Landing, Switch, Switched, Way};
@@ -121,7 +121,9 @@ impl<X: Seal> World<'_, X> {
         }
         let [source, destination] = &self.scenario.offers;
         let before = &out.leg.choice;
-        let Ok(choice) = choose_again(source, destination, change.to, self.scenario.wish, before) else {
+        let wish = Wish { path: Some(change.to), ..self.scenario.wish };
+        let link = Mode::from_wire(before.mode).unwrap_or(Mode::Internet);
+        let Ok(choice) = choose_again(source, destination, wish, link, before) else {
             // v1 is barred here: it ends at the source.
             self.excuse = Some("v1 is barred");
             return self.feed(S, Input::Abort(AbortReason::Policy));

@@ -1,0 +1,78 @@
+//! Which mode a migration between two engines begins in, and why, with simulated VMMs.
+
+// A test's helpers may fail as its assertions do.
+#![allow(clippy::unwrap_used)]
+
+mod scene;
+
+use std::time::Duration;
+
+use dwcp_migrate::Policy;
+use dwcp_migrate::spec::{MigrateSpec, ModeWish};
+use dwcp_migrate::status::{Phase, Status};
+use dwcp_proto::mode::Bounds;
+
+use scene::Scene;
+
+/// Any machine's loopback is as fast, whatever else it does.
+const MODEST: Bounds = Bounds { rtt: Duration::from_secs(1), rate: 1_000_000 };
+
+async fn moved(bounds: Bounds, change: impl FnOnce(&mut MigrateSpec)) -> Status {
+    let scene = Scene::with_bounds(true, true, Policy::default(), bounds).await;
+    scene.awaited().await;
+    let mut spec = scene.spec();
+    change(&mut spec);
+    let checked = scene.a.engine.check(spec.clone()).await;
+    let status = scene.migrate(spec).await.unwrap();
+    assert_eq!((status.phase, &status.error), (Phase::Completed, &None));
+    assert_eq!(status.mode_switches, 0);
+    assert_eq!(checked.mode, status.mode);
+    scene.assert_moved();
+    status
+}
+
+fn mode(status: &Status) -> (&str, &str) {
+    (status.mode.as_deref().unwrap(), status.mode_reason.as_deref().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_near_and_fast_link_is_a_datacenter() {
+    let status = moved(MODEST, |_| ()).await;
+    let (mode, why) = mode(&status);
+    assert_eq!(mode, "datacenter", "{why}");
+    assert!(why.contains("round trip") && why.contains("the link carries"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_near_and_slow_link_is_none() {
+    let status = moved(Bounds { rate: 1 << 50, ..MODEST }, |_| ()).await;
+    let (mode, why) = mode(&status);
+    assert_eq!(mode, "internet", "{why}");
+    assert!(why.contains("less than"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_far_link_is_none() {
+    let status = moved(Bounds { rtt: Duration::from_nanos(1), ..MODEST }, |_| ()).await;
+    let (mode, why) = mode(&status);
+    assert_eq!(mode, "internet", "{why}");
+    assert!(why.contains("not below"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_of_which_little_may_be_taken_is_none() {
+    let bounds = Bounds { rate: 100 << 20, ..MODEST };
+    let status = moved(bounds, |spec| spec.bandwidth_limit = Some(50 << 20)).await;
+    let (mode, why) = mode(&status);
+    assert_eq!(mode, "internet", "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mode_by_name_is_obeyed() {
+    for (wish, name) in [(ModeWish::Internet, "internet"), (ModeWish::Datacenter, "datacenter")] {
+        let status = moved(Bounds { rate: 1 << 50, ..MODEST }, |spec| spec.mode = wish).await;
+        let (mode, why) = mode(&status);
+        assert_eq!(mode, name);
+        assert!(why.contains("asked for"), "{why}");
+    }
+}
