@@ -78,6 +78,18 @@ impl Scene {
         self.b.ctl(&[&"incoming", &VM, &"--qmp", &qmp.display(), &"--from", &self.a.node()])
     }
 
+    /// Asks `a` what a migration to `b` would take, with these further arguments; `b` need not wait for it.
+    ///
+    /// # Errors
+    /// `dwcpctl` cannot be started.
+    pub fn estimate(&self, arguments: &[&str]) -> Result<CtlOutput> {
+        let (qmp, target) = (self.from.qmp_path(), self.b.target()?);
+        let qmp = qmp.display();
+        let mut all: Vec<&dyn Display> = vec![&"estimate", &VM, &"--qmp", &qmp, &"--to", &target, &"--json"];
+        all.extend(arguments.iter().map(|word| word as &dyn Display));
+        self.a.ctl(&all)
+    }
+
     /// Migrates `a` to `b` with these further arguments and waits for the end.
     ///
     /// # Errors
@@ -128,6 +140,14 @@ impl Scene {
     /// As [`Scene::move_guest`].
     pub fn move_guest_patiently(&self, arguments: &[&str], limit: Duration) -> Result<Value> {
         self.incoming()?.success()?;
+        self.finish_patiently(arguments, limit)
+    }
+
+    /// The second step alone. The arguments name an `--id` where it may take longer than one `dwcpctl` waits.
+    ///
+    /// # Errors
+    /// As [`Scene::move_guest`].
+    pub fn finish_patiently(&self, arguments: &[&str], limit: Duration) -> Result<Value> {
         let started = Instant::now();
         // One `dwcpctl` waits for two minutes at most; the next one waits for the same migration.
         let mut said = self.migrate(arguments)?;

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use dwcp_tests::{
-    AgentConfig, Direction, End, Ending, LineProfile, QemuSpec, QemuVersion, Role, Scene, SimGuest, SimScene,
-    Wan, Watcher, until,
+    AgentConfig, Backing, Direction, End, Ending, LineProfile, QemuSpec, QemuVersion, Role, Scene, SimGuest,
+    SimScene, Wan, Watcher, until,
 };
+use serde_json::{Value, json};
 
 #[test]
 fn the_line_paces_and_delays() -> Result<()> {
@@ -83,6 +84,46 @@ fn a_live_guest_crosses_the_line() -> Result<()> {
     let carried = wan.count()?[0].delivered * 1500;
     let said = result["wire_bytes"].as_u64().unwrap_or_default();
     ensure!(said <= carried, "{said} bytes on the wire, but the line carried at most {carried}: {result}");
+    Ok(())
+}
+
+/// What a live guest would take is said without touching it, before its destination even waits; then it is moved, and took about as much.
+#[test]
+fn an_estimate_leaves_the_guest_alone_and_is_near() -> Result<()> {
+    let test = "an_estimate_leaves_the_guest_alone_and_is_near";
+    let profile = LineProfile::new(200_000_000, Duration::from_millis(10));
+    let Some(kit) = Scene::kit_or_skip(test) else { return Ok(()) };
+    let Some(wan) = Wan::start_or_skip(test, profile)? else { return Ok(()) };
+    let at = |end: End| AgentConfig {
+        data: (end.address(), 0).into(),
+        namespace: Some(wan.namespace(end)),
+        ..AgentConfig::default()
+    };
+    for backing in [Backing::Memfd, Backing::Anonymous] {
+        let private = backing == Backing::Anonymous;
+        let spec = QemuSpec { backing, ..QemuSpec::new(QemuVersion::V10_0, Role::Source) };
+        let scene = Scene::with(&kit, spec, at(End::A), at(End::B))?;
+        let watcher = Watcher::start(&[&scene.from, &scene.to])?;
+        let estimate = scene.estimate(&["--path", "v3"])?.json()?;
+        let number =
+            |value: &Value, key: &str| value[key].as_f64().with_context(|| format!("{key}: {value}"));
+        ensure!(estimate["mode"] == "internet" && estimate["problems"] == json!([]), "{estimate}");
+        // The guest writes to 2000 pages a second, where the machine lets it.
+        let dirty = number(&estimate, "dirty_rate")?;
+        ensure!((100e3..60e6).contains(&dirty), "{estimate}");
+        let notes = estimate["notes"].to_string();
+        ensure!(notes.contains("does not wait for the VM yet"), "{estimate}");
+        ensure!(notes.contains("cannot be read") == private, "{estimate}");
+        ensure!(estimate["zero_share"].is_null() == private, "{estimate}");
+        scene.from.guest_ok_for(Duration::from_secs(1))?;
+
+        if !private {
+            let moved = scene.move_guest(&["--path", "v3"])?;
+            let ratio = number(&estimate, "wire_bytes")? / number(&moved, "wire_bytes")?;
+            ensure!((0.4..2.5).contains(&ratio), "{ratio:.2} of the bytes that it took: {estimate}, {moved}");
+        }
+        watcher.finish()?;
+    }
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use dwcp_migrate::spec::{
     DEFAULT_DOWNTIME, IncomingSpec, Leave, MAX_RETRIES, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm,
 };
 use dwcp_migrate::status::{Explanation, Moment, Phase, Role, Status, Story};
-use dwcp_migrate::{Blame, CheckReport, Failure, Gate};
+use dwcp_migrate::{Blame, CheckReport, Estimate, Failure, Gate};
 use dwcp_proto::handover::Resolution;
 use dwcp_rpc::{MAX_MESSAGE, failure, v1};
 
@@ -199,6 +199,31 @@ pub(crate) fn check_report(report: CheckReport) -> v1::CheckReport {
         mode: report.mode,
         mode_reason: report.mode_reason,
         rtt_ms: report.rtt_ms,
+    }
+}
+
+/// What a migration would take.
+pub(crate) fn estimate(e: Estimate) -> v1::EstimateResponse {
+    v1::EstimateResponse {
+        path: e.path,
+        mode: e.mode,
+        mode_reason: e.mode_reason,
+        streams: e.streams,
+        rtt_ms: e.rtt_ms,
+        link_rate: e.link_rate,
+        ram_bytes: e.ram_bytes,
+        zero_share: e.zero_share,
+        first_ratio: e.first_ratio,
+        again_ratio: e.again_ratio,
+        dirty_rate: e.dirty_rate,
+        hot_bytes: e.hot_bytes,
+        converges: e.converges,
+        seconds: e.seconds,
+        downtime_ms: e.downtime_ms,
+        wire_bytes: e.wire_bytes,
+        rounds: e.rounds,
+        problems: e.problems.into_iter().map(failure_message).collect(),
+        notes: e.notes,
     }
 }
 

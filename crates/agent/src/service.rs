@@ -135,12 +135,12 @@ impl Migrations for Service {
 
     async fn estimate(
         &self,
-        _: Request<v1::EstimateRequest>,
+        request: Request<v1::EstimateRequest>,
     ) -> Result<Response<v1::EstimateResponse>, Status> {
-        Err(refusal(convert::unsupported(
-            "this version does not predict time, downtime and bytes",
-            "Check (dwcpctl migrate --check) says whether a migration would start, and over which path",
-        )))
+        let spec = convert::migrate(request.get_ref().spec.as_ref(), &self.bounds).map_err(refusal)?;
+        info!(vm = %spec.vm, to = %spec.to, address = %spec.addr, "asked to estimate");
+        let estimate = self.engine.estimate(spec).await.map_err(refusal)?;
+        Ok(Response::new(convert::estimate(estimate)))
     }
 
     async fn switch(

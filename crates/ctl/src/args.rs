@@ -38,6 +38,8 @@ pub(crate) enum Command {
     Incoming(IncomingArgs),
     /// At the source: move a VM to another node, and wait for the end.
     Migrate(Box<MigrateArgs>),
+    /// At the source: predict time, downtime and bytes of a migration, and whether it converges; moves nothing.
+    Estimate(EstimateArgs),
     /// Show one migration, or the agent itself.
     Status(StatusArgs),
     /// List the migrations that the agent knows.
@@ -63,6 +65,7 @@ impl Command {
             Command::Keygen(_) => false,
             Command::Incoming(args) => args.json,
             Command::Migrate(args) => args.json,
+            Command::Estimate(args) => args.json,
             Command::Status(args) => args.json,
             Command::List(args) => args.json,
             Command::Cancel(args) => args.json,
@@ -223,6 +226,62 @@ impl MigrateArgs {
             id: self.id.as_ref().map(ToString::to_string).unwrap_or_default(),
             memory_file: self.vmm.memory_file(),
             retry: self.retry,
+        }
+    }
+}
+
+/// Arguments of `estimate`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Takes some ten seconds: it looks at a sample of the guest's memory three times, and probes the link for three seconds, as the
+migration would use it. Exit status 1 where the migration would not converge, or would not be started.")]
+pub(crate) struct EstimateArgs {
+    /// The VM's name, the same at both nodes.
+    pub(crate) vm: VmName,
+    #[command(flatten)]
+    pub(crate) vmm: VmmArgs,
+    /// The destination node and the data address of its agent. The VM need not be awaited there yet.
+    #[arg(long, value_name = "NODE=IP:PORT")]
+    pub(crate) to: Target,
+    /// The path; auto takes v3 where flag, policy and peer allow it.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) path: PathChoice,
+    /// The mode of v3; auto measures the link.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) mode: Mode,
+    /// The longest pause of the guest that is accepted.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = downtime)]
+    pub(crate) downtime_limit: u32,
+    /// Upper bound on the wire, such as 200Mbit or 25MB (a second).
+    #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
+    pub(crate) bandwidth_limit: Option<u64>,
+    /// Number of data connections; the agent chooses where absent.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) streams: Option<u16>,
+    /// The guest's writable disks are reachable from both nodes.
+    #[arg(long)]
+    pub(crate) shared_storage: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl EstimateArgs {
+    /// The request.
+    pub(crate) fn spec(&self) -> v1::MigrateSpec {
+        v1::MigrateSpec {
+            vm: self.vm.to_string(),
+            vmm: self.vmm.request(),
+            to: self.to.node.to_string(),
+            to_address: self.to.address.to_string(),
+            path: v1::PathWish::from(self.path).into(),
+            mode: v1::ModeWish::from(self.mode).into(),
+            downtime_limit_ms: self.downtime_limit,
+            bandwidth_limit_bytes: self.bandwidth_limit.unwrap_or(0),
+            streams: self.streams.map_or(0, u32::from),
+            shared_storage: self.shared_storage,
+            memory_file: self.vmm.memory_file(),
+            ..v1::MigrateSpec::default()
         }
     }
 }

@@ -10,6 +10,7 @@
 mod args;
 mod client;
 mod error;
+mod estimate;
 mod explain;
 mod flags;
 mod incoming;
@@ -51,6 +52,7 @@ async fn run(args: Args) -> Result<Exit, CtlError> {
         Command::Keygen(args) => keygen::run(&args),
         Command::Incoming(args) => incoming::run(client::connect(&agent).await?, args).await,
         Command::Migrate(args) => migrate::run(&agent, *args).await,
+        Command::Estimate(args) => estimate::run(client::connect(&agent).await?, &args).await,
         Command::Status(args) => show::status(client::connect(&agent).await?, args).await,
         Command::List(args) => show::list(client::connect(&agent).await?, &args).await,
         Command::Cancel(args) => show::cancel(client::connect(&agent).await?, args).await,

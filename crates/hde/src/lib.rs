@@ -36,6 +36,7 @@ mod held;
 mod layout;
 mod memory;
 mod sample;
+mod weigh;
 mod zstd_frame;
 
 #[cfg(any(test, feature = "testing"))]
@@ -49,4 +50,5 @@ pub use encode::{Choice, EncodeError, Encoded, Encoder, Fallback, Reading, Stats
 pub use format::{HDE_VERSION, TableError};
 pub use held::{Cache, CacheSize, Page, ReplayError, Sink, Span, StreamSink};
 pub use memory::{Holding, Layers, Memory};
+pub use weigh::{Glance, Glances, Scales};
 pub use zstd_frame::FrameError;

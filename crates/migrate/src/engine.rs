@@ -19,6 +19,7 @@ use tracing::{Instrument, info_span, warn};
 
 use crate::config::{CheckReport, EngineConfig};
 use crate::error::{Blame, Failure};
+use crate::estimate::Estimate;
 use crate::explain::Tale;
 use crate::handshake::{Dialler, nonce};
 use crate::metrics::Metrics;
@@ -30,7 +31,7 @@ use crate::source::SwitchOrder;
 use crate::spec::{IncomingSpec, MigrateSpec};
 use crate::status::{Explanation, Phase, Role, Status, Story};
 use crate::wire::link_failure;
-use crate::{explain, inquiry, journal, reception, recovery, retry, source};
+use crate::{estimate, explain, inquiry, journal, reception, recovery, retry, source};
 
 /// Every migration of this node. Cheap to clone.
 #[derive(Clone)]
@@ -145,6 +146,15 @@ impl Engine {
             }
         };
         source::check(&self.shared, &id, &spec).await
+    }
+
+    /// Says what a migration would take, from a look at the guest and at the link of some seconds. Moves nothing.
+    pub async fn estimate(&self, spec: MigrateSpec) -> Result<Estimate, Failure> {
+        let id = match &spec.id {
+            Some(id) => id.clone(),
+            None => made_id("e", &spec.vm)?,
+        };
+        estimate::estimate(&self.shared, &id, &spec).await
     }
 
     /// The status of a migration, as it changes; `None` for an id unknown here.

@@ -19,6 +19,7 @@ mod counters;
 mod destination;
 pub mod engine;
 pub mod error;
+mod estimate;
 mod explain;
 mod fault;
 mod guest;
@@ -47,4 +48,5 @@ pub use config::{
 };
 pub use engine::Engine;
 pub use error::{Blame, Failure};
+pub use estimate::Estimate;
 pub use metrics::Metrics;

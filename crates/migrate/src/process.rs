@@ -47,6 +47,13 @@ impl Running {
     }
 }
 
+/// Memory that a process has in RAM, bytes; `None` where it is gone. proc_pid_status(5).
+pub(crate) fn resident_bytes(pid: i32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 fn identity(pid: Pid) -> Option<Process> {
     let number = pid.as_raw_nonzero().get();
     let stat = fs::read_to_string(format!("/proc/{number}/stat")).ok()?;

@@ -76,3 +76,27 @@ async fn a_mode_by_name_is_obeyed() {
         assert!(why.contains("asked for"), "{why}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_estimate_moves_nothing_whether_the_destination_waits_or_not() {
+    let scene = Scene::with_bounds(true, true, Policy::default(), MODEST).await;
+    for waits in [false, true] {
+        if waits {
+            scene.awaited().await;
+        }
+        let estimate = scene.a.engine.estimate(scene.spec()).await.unwrap();
+        assert_eq!((estimate.path.as_str(), estimate.mode.as_deref()), ("v3", Some("datacenter")));
+        assert!(estimate.problems.is_empty() && estimate.seconds > 0.0, "{estimate:?}");
+        let notes = estimate.notes.join("; ");
+        assert_eq!(notes.contains("does not wait"), !waits, "{notes}");
+        // The simulated VMM knows no dirty rate, and its RAM is its own.
+        assert!(notes.contains("dirty rate is not known") && estimate.dirty_rate.is_none(), "{notes}");
+        assert!(notes.contains("cannot be read") && estimate.zero_share.is_none(), "{notes}");
+        scene.assert_stayed();
+    }
+    // Nothing is left in the way of the migration itself.
+    assert!(scene.a.engine.list().is_empty());
+    let status = scene.migrate(scene.spec()).await.unwrap();
+    assert_eq!((status.phase, status.error), (Phase::Completed, None));
+    scene.assert_moved();
+}

@@ -8,9 +8,11 @@
 //! | [`negotiate`], [`session`] | what both sides agree on, and the id that binds everything signed later to it |
 //! | [`sender`], [`receiver`], [`pace`] | the state machines of path v3 |
 //! | [`leg`], [`path`], [`mode`] | how a running migration changes its path or its mode, and when |
+//! | [`forecast`] | what a migration would take |
 //! | [`units`] | sizes, rates and durations as people write them |
 
 pub mod chunk;
+pub mod forecast;
 pub mod frame;
 pub mod handover;
 pub mod identity;

@@ -4,6 +4,7 @@
 //! machine and the day, into `docs/`.
 
 mod cost;
+mod estimate;
 mod machine;
 mod relay;
 mod table;
@@ -23,11 +24,14 @@ pub(crate) struct Arguments {
 enum What {
     /// Path v1 beside socat and QEMU alone, on the loopback; writes docs/compare-v1.md
     V1(v1::Settings),
+    /// What `dwcpctl estimate` says beside what the migration then takes, over shaped lines; writes docs/compare-estimate.md
+    Estimate(estimate::Settings),
 }
 
 /// Runs the comparison that was asked for.
 pub(crate) fn compare(arguments: &Arguments) -> Result<()> {
     match &arguments.what {
         What::V1(settings) => v1::compare(settings),
+        What::Estimate(settings) => estimate::compare(settings),
     }
 }

@@ -46,7 +46,7 @@ use crate::spec::{Leave, MigrateSpec, PathWish};
 use crate::status::Phase;
 
 pub(crate) use helm::SwitchOrder;
-pub(crate) use plan::{Plan, check, failures, plan};
+pub(crate) use plan::{Downtime, Plan, check, failures, impossible, mode, plan, wish};
 pub(crate) use run::closing;
 
 use run::Run;

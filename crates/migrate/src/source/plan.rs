@@ -41,7 +41,7 @@ pub(crate) struct Downtime {
 impl Downtime {
     /// Divides what `asked` leaves after 1.5 round trips, the journal's writes and loading the devices.
     pub(crate) fn divide(asked: Duration, rtt: Duration, write: Duration) -> Result<Self, Failure> {
-        let overhead = rtt * 3 / 2 + write * WRITES + DEVICE_LOAD;
+        let overhead = Self::overhead(rtt, write);
         let least = overhead + MIN_LEFT;
         if asked < least {
             let text = format!(
@@ -55,6 +55,11 @@ impl Downtime {
         let left = asked - overhead;
         // The last quarter is for what lies in the pipeline in front of the sender.
         Ok(Downtime { vmm: left / 2, in_flight: left / 4 })
+    }
+
+    /// What goes by beside memory between STOP and RESUME.
+    pub(crate) fn overhead(rtt: Duration, write: Duration) -> Duration {
+        rtt * 3 / 2 + write * WRITES + DEVICE_LOAD
     }
 }
 
@@ -78,6 +83,11 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// What speaks against it, and what the operator should know.
+    pub(crate) fn found(&self) -> (Vec<Failure>, Vec<String>) {
+        (self.problems.clone(), self.notes.clone())
+    }
+
     /// The first problem, if any, as the migration's failure; all of them in its text.
     pub(crate) fn refuse_problems(&mut self) -> Result<(), Failure> {
         match self.problems.pop() {
@@ -178,30 +188,9 @@ pub(crate) async fn plan(
             false => notes.push(finding.to_string()),
         }
     }
-    let fixed = match spec.mode {
-        ModeWish::Auto => None,
-        ModeWish::Internet => Some(Mode::Internet),
-        ModeWish::Datacenter => Some(Mode::Datacenter),
-    };
-    let (link, why) = judge(shared, &dialler, met.rtt, fixed.is_some()).await;
-    let (mode, mode_reason) = match (fixed, spec.bandwidth_limit) {
-        (Some(mode), _) => (mode, format!("{} mode was asked for", mode.name())),
-        // A link of which no more may be taken is as slow.
-        (None, Some(limit)) if link == Mode::Datacenter && (limit as f64) < shared.config.bounds.enough() => {
-            let limit = units::rate(limit as f64);
-            (Mode::Internet, format!("no more than {limit} may be taken of the link"))
-        }
-        (None, _) => (link, why),
-    };
-    let wish = Wish {
-        path: match spec.path {
-            PathWish::Auto => None,
-            PathWish::V1 => Some(Path::V1),
-            PathWish::V3 => Some(Path::V3),
-        },
-        mode: Some(mode),
-        streams: spec.streams.map(u32::from),
-    };
+    let (link, why) = judge(shared, &dialler, met.rtt, spec.mode != ModeWish::Auto).await;
+    let (mode, mode_reason) = self::mode(shared, spec, link, why);
+    let wish = wish(spec, mode);
     let theirs = met.welcome.offer.clone().unwrap_or_default();
     let mut choice = match choose(&offer, &theirs, wish, link) {
         Ok(choice) => choice,
@@ -209,7 +198,7 @@ pub(crate) async fn plan(
     };
     choice.guest_runs = guest_ran;
     choice.mode_reason = mode_reason;
-    let mode = ModeChoice::new(mode, fixed.is_some(), shared.config.bounds);
+    let mode = ModeChoice::new(mode, spec.mode != ModeWish::Auto, shared.config.bounds);
     let downtime = match Downtime::divide(spec.downtime_limit, met.rtt, shared.write_time) {
         Ok(downtime) => downtime,
         Err(failure) => return Err(together(problems, failure)),
@@ -230,6 +219,40 @@ pub(crate) async fn plan(
         problems,
         notes,
     })
+}
+
+/// The mode on a link of this kind, and why.
+pub(crate) fn mode(shared: &Shared, spec: &MigrateSpec, link: Mode, why: String) -> (Mode, String) {
+    let mode = match spec.mode {
+        ModeWish::Internet => Mode::Internet,
+        ModeWish::Datacenter => Mode::Datacenter,
+        ModeWish::Auto => {
+            let limit = spec.bandwidth_limit.map(|limit| limit as f64);
+            // A link of which no more may be taken is as slow.
+            let little = limit.filter(|limit| *limit < shared.config.bounds.enough());
+            return match little.filter(|_| link == Mode::Datacenter) {
+                Some(limit) => {
+                    let limit = units::rate(limit);
+                    (Mode::Internet, format!("no more than {limit} may be taken of the link"))
+                }
+                None => (link, why),
+            };
+        }
+    };
+    (mode, format!("{} mode was asked for", mode.name()))
+}
+
+/// What the caller wishes for, with the mode that comes of it.
+pub(crate) fn wish(spec: &MigrateSpec, mode: Mode) -> Wish {
+    Wish {
+        path: match spec.path {
+            PathWish::Auto => None,
+            PathWish::V1 => Some(Path::V1),
+            PathWish::V3 => Some(Path::V3),
+        },
+        mode: Some(mode),
+        streams: spec.streams.map(u32::from),
+    }
 }
 
 /// What kind of link it is, and why. With a mode by name the round trip decides: it is only policy that asks then.
@@ -275,7 +298,8 @@ fn unsupported(what: &str, hint: &str) -> Failure {
     Failure::new("unsupported", Blame::Operator, format!("{what} is not supported by this version"), hint)
 }
 
-fn impossible(error: Impossible) -> Failure {
+/// Why no path is possible.
+pub(crate) fn impossible(error: Impossible) -> Failure {
     let (code, blame) = match &error {
         Impossible::V3Barred(_) => ("v3_barred", Blame::Operator),
         Impossible::Nothing { .. } => ("no_path", Blame::Operator),

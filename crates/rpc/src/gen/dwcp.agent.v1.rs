@@ -176,16 +176,74 @@ pub struct CancelRequest {
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
 }
-/// Reserved.
+/// Asks what a migration would take.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EstimateRequest {
     /// What would be asked for.
     #[prost(message, optional, tag = "1")]
     pub spec: ::core::option::Option<MigrateSpec>,
 }
-/// Reserved.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct EstimateResponse {}
+/// What a migration would take. What could not be looked at is absent, and `notes` says what is assumed instead.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EstimateResponse {
+    /// The path that would be used, `v1` or `v3`.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// The mode that would be used; absent on v1.
+    #[prost(string, optional, tag = "2")]
+    pub mode: ::core::option::Option<::prost::alloc::string::String>,
+    /// Why this mode, in words.
+    #[prost(string, optional, tag = "3")]
+    pub mode_reason: ::core::option::Option<::prost::alloc::string::String>,
+    /// Data connections.
+    #[prost(uint32, tag = "4")]
+    pub streams: u32,
+    /// Round trip to the peer, milliseconds.
+    #[prost(double, tag = "5")]
+    pub rtt_ms: f64,
+    /// Bytes a second that the link carried, or that may be taken of it.
+    #[prost(double, tag = "6")]
+    pub link_rate: f64,
+    /// Guest RAM.
+    #[prost(uint64, tag = "7")]
+    pub ram_bytes: u64,
+    /// The share of it that is zero, 0 to 1.
+    #[prost(double, optional, tag = "8")]
+    pub zero_share: ::core::option::Option<f64>,
+    /// Bytes on the wire for each byte of a page that is sent for the first time and is not zero.
+    #[prost(double, optional, tag = "9")]
+    pub first_ratio: ::core::option::Option<f64>,
+    /// The same for a page that is sent again.
+    #[prost(double, optional, tag = "10")]
+    pub again_ratio: ::core::option::Option<f64>,
+    /// Memory that the guest dirties, bytes a second.
+    #[prost(double, optional, tag = "11")]
+    pub dirty_rate: ::core::option::Option<f64>,
+    /// Memory that it writes to again and again.
+    #[prost(double, optional, tag = "12")]
+    pub hot_bytes: ::core::option::Option<f64>,
+    /// Whether precopy would come to an end by itself. If not, the figures below are those at which it stands still.
+    #[prost(bool, tag = "13")]
+    pub converges: bool,
+    /// Seconds to the guest's running at the destination.
+    #[prost(double, tag = "14")]
+    pub seconds: f64,
+    /// Milliseconds that it would stand still.
+    #[prost(double, tag = "15")]
+    pub downtime_ms: f64,
+    /// Bytes on the wire.
+    #[prost(uint64, tag = "16")]
+    pub wire_bytes: u64,
+    /// Rounds over RAM.
+    #[prost(uint32, tag = "17")]
+    pub rounds: u32,
+    /// What speaks against the migration.
+    #[prost(message, repeated, tag = "18")]
+    pub problems: ::prost::alloc::vec::Vec<Failure>,
+    /// What is assumed or unknown.
+    #[prost(string, repeated, tag = "19")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 /// Asks to end by an operator's word what the agents cannot end by themselves.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ResolveRequest {
@@ -1196,7 +1254,8 @@ pub mod migrations_client {
                 .insert(GrpcMethod::new("dwcp.agent.v1.Migrations", "Cancel"));
             self.inner.unary(req, path, codec).await
         }
-        /// Reserved: predicts time, downtime and bytes. Answers UNIMPLEMENTED; use Check.
+        /// Predicts time, downtime, bytes and whether precopy comes to an end, from a look at the guest and at the link of some ten seconds.
+        /// Moves nothing. The destination need not wait for the VM yet.
         pub async fn estimate(
             &mut self,
             request: impl tonic::IntoRequest<super::EstimateRequest>,
@@ -1399,7 +1458,8 @@ pub mod migrations_server {
             &self,
             request: tonic::Request<super::CancelRequest>,
         ) -> std::result::Result<tonic::Response<super::Status>, tonic::Status>;
-        /// Reserved: predicts time, downtime and bytes. Answers UNIMPLEMENTED; use Check.
+        /// Predicts time, downtime, bytes and whether precopy comes to an end, from a look at the guest and at the link of some ten seconds.
+        /// Moves nothing. The destination need not wait for the VM yet.
         async fn estimate(
             &self,
             request: tonic::Request<super::EstimateRequest>,

@@ -73,7 +73,16 @@ impl Ram {
         self.at(block, first, pages.len(), |file, at| file.write_all_at(pages.as_flattened(), at))
     }
 
-    pub(super) fn read(&self, block: &[u8], index: PageIndex, into: &mut Page) -> Result<(), MappedError> {
+    /// Bytes of each block, by name.
+    pub fn sizes(&self) -> impl Iterator<Item = (&[u8], u64)> {
+        self.blocks.iter().map(|(name, backing)| (&**name, backing.len))
+    }
+
+    /// Reads a page. A hole is read as zero and takes no memory.
+    ///
+    /// # Errors
+    /// It lies beyond its block, or the file cannot be read.
+    pub fn read(&self, block: &[u8], index: PageIndex, into: &mut Page) -> Result<(), MappedError> {
         self.at(block, index, 1, |file, at| file.read_exact_at(into, at))
     }
 
