@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use dwcp_flags::Comeback;
 use dwcp_flags::poll::MAX_LABELS;
-use dwcp_migrate::V1Policy;
+use dwcp_migrate::{Congestion, V1Policy};
 use dwcp_proto::mode::Bounds;
 use dwcp_proto::{NodeName, units};
 use dwcp_rpc::endpoint;
@@ -341,6 +341,8 @@ pub(crate) struct Link {
     pub(crate) datacenter_rtt: Trip,
     /// One that carries as much may be one: its nominal rate.
     pub(crate) datacenter_rate: Rate,
+    /// The congestion control of data connections over other links.
+    pub(crate) congestion: Congestion,
 }
 
 impl Default for Link {
@@ -349,6 +351,7 @@ impl Default for Link {
         Link {
             datacenter_rtt: Trip(rtt),
             datacenter_rate: Rate(NonZeroU64::new(rate).unwrap_or(NonZeroU64::MIN)),
+            congestion: Congestion::default(),
         }
     }
 }

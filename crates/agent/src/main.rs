@@ -127,6 +127,7 @@ async fn life(config: Config) -> Result<(), Failure> {
         limits: limits(&config),
         hde: hde(&config),
         bounds: bounds(&config),
+        congestion: config.link.congestion,
         gate: flag.gate(),
         attach: config.vmm.attach == Attach::Ptrace,
         listen: config.listen.data,

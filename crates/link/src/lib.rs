@@ -53,4 +53,4 @@ pub use identity::Identity;
 pub use listener::{ListenOptions, Listener, Refusals};
 pub use peers::{Peers, Roster, RosterChange, RosterError};
 pub use pipe::{pipe, pipe_between};
-pub use tcp::{Gauge, Sample, Tuning, ever_written};
+pub use tcp::{Gauge, Sample, Tuning, can_use, ever_written};

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, SockRef, Socket as Socket2, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
 use crate::tcp_info::{queued, tcp_info};
@@ -22,6 +22,9 @@ pub struct Tuning {
     /// `TCP_NOTSENT_LOWAT`: bytes that may wait unsent in the kernel before a write has to wait. `None` leaves it to
     /// the size of the send buffer, which is best for throughput and worst for switching over quickly.
     pub notsent_lowat: Option<u32>,
+    /// `TCP_CONGESTION`: how the kernel finds out what the network carries, by its name. `None` leaves it to the system, and so does a
+    /// kernel that lacks it or does not allow it: see [`can_use`].
+    pub congestion: Option<&'static str>,
 }
 
 impl Default for Tuning {
@@ -30,6 +33,7 @@ impl Default for Tuning {
             user_timeout: Duration::from_secs(10),
             keepalive: Duration::from_secs(5),
             notsent_lowat: Some(256 << 10),
+            congestion: None,
         }
     }
 }
@@ -44,8 +48,21 @@ impl Tuning {
         if let Some(bytes) = self.notsent_lowat {
             socket.set_tcp_notsent_lowat(bytes)?;
         }
+        if let Some(name) = self.congestion {
+            // The connection is as good without; whoever wants to know has asked before.
+            let _ = socket.set_tcp_congestion(name.as_bytes());
+        }
         Ok(())
     }
+}
+
+/// Whether connections of this process can have this congestion control.
+///
+/// # Errors
+/// They cannot: the kernel lacks it, or `net.ipv4.tcp_allowed_congestion_control` does not name it.
+pub fn can_use(congestion: &str) -> io::Result<()> {
+    let socket = Socket2::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_tcp_congestion(congestion.as_bytes())
 }
 
 /// The socket of a connection, held by both of its halves: gauges reach it for as long as one of them lives.
@@ -105,6 +122,13 @@ impl Gauge {
             Some(socket) => SockRef::from(&*socket).set_tcp_notsent_lowat(bytes.unwrap_or(0)),
             None => Ok(()),
         }
+    }
+
+    /// The congestion control in use; `None` without a socket.
+    pub fn congestion(&self) -> Option<String> {
+        let name = SockRef::from(&*self.0.upgrade()?).tcp_congestion().ok()?;
+        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        Some(String::from_utf8_lossy(name).into_owned())
     }
 
     /// Ends the connection at once, without TLS's goodbye: whoever waits on it here or at the peer meets an end or an

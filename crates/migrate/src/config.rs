@@ -131,6 +131,27 @@ impl Default for Hde {
     }
 }
 
+/// The congestion control of data connections over links that are no datacenter's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Congestion {
+    /// BBR where the kernel has it: a lost packet is no sign of a full link, and over long ones it is not.
+    #[default]
+    Bbr,
+    /// What the system has for all connections.
+    System,
+}
+
+impl Congestion {
+    /// Its name for the kernel; `None` for the system's own.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Congestion::Bbr => Some("bbr"),
+            Congestion::System => None,
+        }
+    }
+}
+
 /// What the engine is built from.
 #[derive(Debug)]
 pub struct EngineConfig {
@@ -148,6 +169,8 @@ pub struct EngineConfig {
     pub hde: Hde,
     /// Which links count as a datacenter's.
     pub bounds: Bounds,
+    /// How data connections over other links find out what these carry.
+    pub congestion: Congestion,
     /// The flag's verdict, kept up to date.
     pub gate: watch::Receiver<Gate>,
     /// Whether this agent may attach to the VMMs' processes: then precopy outlives the destination's agent.

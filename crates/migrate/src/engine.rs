@@ -234,7 +234,8 @@ impl Engine {
         let (to, addr) = tale.explanation.peer.clone().zip(tale.peer_addr).ok_or_else(unknown)?;
         let shared = &self.shared;
         let (identity, key) = (shared.identity.clone(), shared.config.key.clone());
-        let dialler = Dialler { addr, identity, key, to, options: DialOptions::default() };
+        let options = DialOptions::default();
+        let dialler = Dialler { addr, identity, key, to, options, congestion: shared.config.congestion };
         inquiry::ask(&dialler, &tale.explanation).await
     }
 

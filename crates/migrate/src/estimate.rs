@@ -30,7 +30,8 @@ use crate::spec::{MigrateSpec, Vmm};
 use content::{LATER, SOON, Seen};
 
 /// A burst as long as TCP needs to find a far link's rate.
-const BURST: Burst = Burst { streams: 1, bytes: 512 << 20, time: Duration::from_secs(3) };
+const BURST: Burst =
+    Burst { streams: 1, bytes: 512 << 20, time: Duration::from_secs(3), link: Mode::Internet };
 /// Bytes a second that the agents get through where nothing is compressed, about, on two cores.
 const PLAIN: f64 = 500e6;
 /// Bytes a second of zero pages.
@@ -121,7 +122,7 @@ pub(crate) async fn estimate(
     };
     // One after the other: the burst would slow the guest's writes down, and these the burst.
     let seen = look(&qemu, &mut known, compression).await?;
-    let burst = Burst { streams: known.choice.streams, ..BURST };
+    let burst = Burst { streams: known.choice.streams, link: mode, ..BURST };
     let carried = probe(&known.dialler, burst).await?;
     known.guest.release();
     let rate = spec.bandwidth_limit.map_or(carried.steady, |limit| carried.steady.min(limit as f64));
@@ -151,6 +152,7 @@ async fn alone(shared: &Shared, spec: &MigrateSpec) -> Result<Known, Failure> {
         key: shared.config.key.clone(),
         to: spec.to.clone(),
         options: DialOptions::default(),
+        congestion: shared.config.congestion,
     };
     let quick = probe(&dialler, Burst::QUICK).await?;
     let rtt = quick.rtt.unwrap_or_default();

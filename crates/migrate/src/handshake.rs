@@ -10,9 +10,10 @@ use dwcp_proto::message::{
 };
 use dwcp_proto::negotiate::permits;
 use dwcp_proto::session::{Transcript, confirm_message, join_message, joined_message};
-use dwcp_proto::{Leg, MigrationId, NodeKey, NodeName, Path, PeerKey, SessionId, Side};
+use dwcp_proto::{Leg, MigrationId, Mode, NodeKey, NodeName, Path, PeerKey, SessionId, Side};
 use prost::Message as _;
 
+use crate::config::Congestion;
 use crate::error::{Blame, Failure};
 use crate::wire::{WireError, link_failure, read_message, refusal, write_message, write_preamble};
 
@@ -86,6 +87,8 @@ pub(crate) struct Dialler {
     pub(crate) key: Arc<NodeKey>,
     pub(crate) to: NodeName,
     pub(crate) options: DialOptions,
+    /// For data connections over links that are no datacenter's.
+    pub(crate) congestion: Congestion,
 }
 
 /// The source's side after `Welcome`: all is known that the choice depends on.
@@ -126,6 +129,15 @@ impl Dialler {
         Ok(Met { reader, writer, exporter, peer, hello, welcome_bytes, welcome, rtt })
     }
 
+    /// How data connections are made over a link of this kind.
+    pub(crate) fn for_data(&self, link: Mode) -> DialOptions {
+        let mut options = self.options.clone();
+        if link == Mode::Internet {
+            options.tuning.congestion = self.congestion.name();
+        }
+        options
+    }
+
     /// Asks for the other side's story of a migration.
     pub(crate) async fn ask(&self, id: &MigrationId) -> Result<Vec<u8>, Failure> {
         let conn = dial(self.addr, &self.identity, &self.to, &self.options).await.map_err(link_failure)?;
@@ -149,9 +161,13 @@ impl Dialler {
     ) -> Result<(Reader, Writer, Joined, Gauge), WireError> {
         let plain = leg.choice.plain && purpose != Purpose::Control;
         let number = if purpose == Purpose::Control { 0 } else { leg.number };
+        let options = match purpose {
+            Purpose::Control => self.options.clone(),
+            Purpose::Chunks | Purpose::Bytes => self.for_data(leg.mode),
+        };
         let conn = match plain {
-            true => dial_plain(self.addr, &self.options).await,
-            false => dial(self.addr, &self.identity, &self.to, &self.options).await,
+            true => dial_plain(self.addr, &options).await,
+            false => dial(self.addr, &self.identity, &self.to, &options).await,
         }
         .map_err(WireError::Link)?;
         let (exporter, gauge) = (conn.exporter(), conn.gauge());

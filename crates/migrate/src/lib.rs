@@ -44,7 +44,7 @@ pub mod status;
 mod wire;
 
 pub use config::{
-    CheckReport, EngineConfig, FlagReason, Gate, Hde, Limits, Policy, Running, V1Policy, Verdict,
+    CheckReport, Congestion, EngineConfig, FlagReason, Gate, Hde, Limits, Policy, Running, V1Policy, Verdict,
 };
 pub use engine::Engine;
 pub use error::{Blame, Failure};

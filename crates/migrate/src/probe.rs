@@ -9,6 +9,7 @@
 use std::time::{Duration, Instant};
 
 use dwcp_link::{Gauge, Reader, Writer, dial};
+use dwcp_proto::Mode;
 use dwcp_proto::message::{Body, Probe, Probed};
 use futures_util::future::{join_all, try_join_all};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -42,11 +43,14 @@ pub(crate) struct Burst {
     pub(crate) bytes: u64,
     /// Time, without connecting.
     pub(crate) time: Duration,
+    /// As which kind of link it is treated.
+    pub(crate) link: Mode,
 }
 
 impl Burst {
     /// Enough to tell a datacenter's link from another one where the round trip is short: 8 MiB take 70 ms at 1 Gbit/s.
-    pub(crate) const QUICK: Burst = Burst { streams: 1, bytes: 8 << 20, time: Duration::from_millis(200) };
+    pub(crate) const QUICK: Burst =
+        Burst { streams: 1, bytes: 8 << 20, time: Duration::from_millis(200), link: Mode::Datacenter };
 }
 
 /// What a link carried. Rates are bytes a second.
@@ -66,7 +70,8 @@ pub(crate) struct Carried {
 pub(crate) async fn probe(dialler: &Dialler, burst: Burst) -> Result<Carried, Failure> {
     let streams = burst.streams.max(1);
     let share = burst.bytes / u64::from(streams);
-    let made = try_join_all((0..streams).map(|_| connect(dialler))).await.map_err(WireError::failure)?;
+    let made =
+        try_join_all((0..streams).map(|_| connect(dialler, burst.link))).await.map_err(WireError::failure)?;
     let sent = join_all(made.into_iter().map(|line| line.send(share, burst.time))).await;
     let mut all = Carried { steady: 0.0, best: 0.0, rtt: None, resent: 0.0 };
     for one in sent {
@@ -90,8 +95,8 @@ struct Line {
     gauge: Gauge,
 }
 
-async fn connect(dialler: &Dialler) -> Result<Line, WireError> {
-    let conn = dial(dialler.addr, &dialler.identity, &dialler.to, &dialler.options).await;
+async fn connect(dialler: &Dialler, link: Mode) -> Result<Line, WireError> {
+    let conn = dial(dialler.addr, &dialler.identity, &dialler.to, &dialler.for_data(link)).await;
     let conn = conn.map_err(WireError::Link)?;
     let gauge = conn.gauge();
     let (reader, mut writer) = conn.into_split();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::{Explanation, Phase, Role, Status};
-use dwcp_migrate::{Engine, EngineConfig, FlagReason, Gate, Hde, Limits, Policy};
+use dwcp_migrate::{Congestion, Engine, EngineConfig, FlagReason, Gate, Hde, Limits, Policy};
 use dwcp_proto::handover::Resolution;
 use dwcp_proto::mode::Bounds;
 use dwcp_proto::{MigrationId, NodeKey, NodeName, VmName};
@@ -59,6 +59,7 @@ impl Agent {
             limits: Limits { inflight: 16 << 20, workers: 1, migrations: 4, memory: None },
             hde: Hde::default(),
             bounds: Bounds::default(),
+            congestion: Congestion::default(),
             gate: self.gate.subscribe(),
             attach: false,
             listen: self.listen,

@@ -8,6 +8,7 @@ mod estimate;
 mod machine;
 mod relay;
 mod table;
+mod tcp;
 mod v1;
 
 use anyhow::Result;
@@ -26,6 +27,8 @@ enum What {
     V1(v1::Settings),
     /// What `dwcpctl estimate` says beside what the migration then takes, over shaped lines; writes docs/compare-estimate.md
     Estimate(estimate::Settings),
+    /// What TCP carries over long and lossy lines, by congestion control; writes docs/compare-tcp.md
+    Tcp(tcp::Settings),
 }
 
 /// Runs the comparison that was asked for.
@@ -33,5 +36,6 @@ pub(crate) fn compare(arguments: &Arguments) -> Result<()> {
     match &arguments.what {
         What::V1(settings) => v1::compare(settings),
         What::Estimate(settings) => estimate::compare(settings),
+        What::Tcp(settings) => tcp::compare(settings),
     }
 }

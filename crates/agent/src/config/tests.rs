@@ -37,6 +37,7 @@ bandwidth = "200Mbit"
 [link]
 datacenter_rtt = "2ms"
 datacenter_rate = "10Gbit"
+congestion = "system"
 
 [vmm]
 attach = "none"
@@ -77,6 +78,7 @@ fn every_key_is_read() {
     assert_eq!(config.limits.memory, Memory(64 << 20));
     assert_eq!(config.hde, Hde { delta: false, ..Hde::default() });
     assert_eq!(config.limits.bandwidth, NonZeroU64::new(25_000_000).map(Rate));
+    assert_eq!(config.link.congestion, Congestion::System);
     assert_eq!(config.link.datacenter_rtt, Trip(Duration::from_millis(2)));
     assert_eq!(config.link.datacenter_rate.0.get(), 1_250_000_000);
     assert_eq!((config.limits.cpus(), config.limits.workers()), (4, 3));

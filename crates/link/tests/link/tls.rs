@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::common::*;
 use dwcp_link::{
-    Blame, Connection, DialOptions, Identity, Kind, LinkError, ListenOptions, Peers, Stranger, dial,
+    Blame, Connection, DialOptions, Identity, Kind, LinkError, ListenOptions, Peers, Stranger, can_use, dial,
     dial_plain,
 };
 use socket2::SockRef;
@@ -276,4 +276,20 @@ async fn a_gauge_measures_while_the_connection_is_in_use_and_not_after() {
     assert!(!sample.rtt.is_zero() && sample.bytes_acked > 0 && sample.congestion_window > 0, "{sample:?}");
     drop((reader, writer, there));
     assert_eq!(gauge.sample(), None);
+}
+
+#[tokio::test]
+async fn a_connection_has_the_congestion_control_that_was_asked_for_or_the_systems() {
+    let (src, dst) = both();
+    let mut listener = listen(&dst, ListenOptions::default()).await;
+    let system = dial_dst(&listener, &src).await.unwrap().gauge().congestion();
+    // Every kernel has reno and allows it; none has the other.
+    for (asked, expected) in [("reno", Some("reno")), ("none such", None)] {
+        let mut options = DialOptions::default();
+        options.tuning.congestion = Some(asked);
+        let here = within(dial(listener.local_addr(), &src, &name("dst"), &options)).await.unwrap();
+        drop(within(listener.accept()).await.unwrap());
+        assert_eq!(here.gauge().congestion().as_deref(), expected.or(system.as_deref()));
+        assert_eq!(can_use(asked).is_ok(), expected.is_some());
+    }
 }

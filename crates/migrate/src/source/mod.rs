@@ -250,6 +250,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         key: session.key.clone(),
         to: session.peer.node().clone(),
         options: DialOptions::default(),
+        congestion: shared.config.congestion,
     };
     let (data_tx, _data) = mpsc::channel(DATA_EVENTS);
     let counters = report.counters.clone();

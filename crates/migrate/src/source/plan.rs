@@ -138,6 +138,7 @@ pub(crate) async fn plan(
         key: shared.config.key.clone(),
         to: spec.to.clone(),
         options: DialOptions::default(),
+        congestion: shared.config.congestion,
     };
     let offer = shared.offer_as_source();
     let hello = Hello {
@@ -198,6 +199,7 @@ pub(crate) async fn plan(
     };
     choice.guest_runs = guest_ran;
     choice.mode_reason = mode_reason;
+    choice.reasons.extend(without_congestion(shared, &choice));
     let mode = ModeChoice::new(mode, spec.mode != ModeWish::Auto, shared.config.bounds);
     let downtime = match Downtime::divide(spec.downtime_limit, met.rtt, shared.write_time) {
         Ok(downtime) => downtime,
@@ -219,6 +221,13 @@ pub(crate) async fn plan(
         problems,
         notes,
     })
+}
+
+/// Why the congestion control that is wished for is not used, where it would be.
+fn without_congestion(shared: &Shared, choice: &Choice) -> Option<String> {
+    let name = shared.config.congestion.name().filter(|_| choice.mode == Mode::Internet.to_wire())?;
+    let error = dwcp_link::can_use(name).err()?;
+    Some(format!("the system's congestion control instead of {name}: {error}"))
 }
 
 /// The mode on a link of this kind, and why.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::Status;
-use dwcp_migrate::{Engine, EngineConfig, Failure, FlagReason, Gate, Hde, Limits, Policy};
+use dwcp_migrate::{Congestion, Engine, EngineConfig, Failure, FlagReason, Gate, Hde, Limits, Policy};
 use dwcp_proto::mode::Bounds;
 use dwcp_proto::{MigrationId, NodeKey, NodeName, Path, VmName};
 use dwcp_vmm::sim::{GuestSpec, SimVmm};
@@ -55,6 +55,7 @@ impl Node {
             limits: Limits { inflight: 16 << 20, workers: 2, migrations: 8, memory: None },
             hde: Hde::default(),
             bounds,
+            congestion: Congestion::default(),
             gate: gate_rx,
             attach: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
