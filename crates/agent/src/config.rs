@@ -284,6 +284,9 @@ pub(crate) struct Limits {
     pub(crate) memory: Memory,
     /// Anonymous memory of the whole agent above which running migrations change to v1, which needs less.
     pub(crate) agent_memory: Option<Memory>,
+    /// Percent of the last ten seconds in which some task of this node waited for a processor; from there on running migrations change to
+    /// v1, which needs less.
+    pub(crate) cpu_pressure: Option<Count<100>>,
     /// Bytes a second on the wire that one migration may take; a request can lower it, not raise it.
     pub(crate) bandwidth: Option<Rate>,
 }
@@ -296,6 +299,7 @@ impl Default for Limits {
             workers: None,
             memory: Memory(64 << 20),
             agent_memory: None,
+            cpu_pressure: None,
             bandwidth: None,
         }
     }

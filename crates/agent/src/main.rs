@@ -201,6 +201,7 @@ fn limits(config: &Config) -> Limits {
         workers: config.limits.workers(),
         migrations: config.limits.migrations.0,
         memory: config.limits.agent_memory.map(|memory| memory.0),
+        cpu_pressure: config.limits.cpu_pressure.map(|percent| percent.0 as u8),
     }
 }
 

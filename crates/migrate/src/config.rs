@@ -109,6 +109,9 @@ pub struct Limits {
     pub migrations: usize,
     /// Anonymous memory that this agent may take, bytes: above it running migrations change to v1. `None` is no limit.
     pub memory: Option<u64>,
+    /// Percent of ten seconds in which some task of this node waited for a processor: from there on running migrations change to v1. `None`
+    /// is no limit.
+    pub cpu_pressure: Option<u8>,
 }
 
 /// How internet mode saves bytes beside compression: which layers this node uses as a source, and what it offers as a destination.

@@ -18,7 +18,7 @@ use scene::Scene;
 const MODEST: Bounds = Bounds { rtt: Duration::from_secs(1), rate: 1_000_000 };
 
 async fn moved(bounds: Bounds, change: impl FnOnce(&mut MigrateSpec)) -> Status {
-    let scene = Scene::with_bounds(true, true, Policy::default(), bounds).await;
+    let scene = Scene::with(true, true, Policy::default(), |config| config.bounds = bounds).await;
     scene.awaited().await;
     let mut spec = scene.spec();
     change(&mut spec);
@@ -79,7 +79,7 @@ async fn a_mode_by_name_is_obeyed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_estimate_moves_nothing_whether_the_destination_waits_or_not() {
-    let scene = Scene::with_bounds(true, true, Policy::default(), MODEST).await;
+    let scene = Scene::with(true, true, Policy::default(), |config| config.bounds = MODEST).await;
     for waits in [false, true] {
         if waits {
             scene.awaited().await;

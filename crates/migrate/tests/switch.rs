@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use dwcp_migrate::spec::{MigrateSpec, ModeWish, PathWish};
 use dwcp_migrate::status::{Phase, Status};
-use dwcp_migrate::{Policy, V1Policy};
+use dwcp_migrate::{EngineConfig, Policy, V1Policy};
 use dwcp_proto::{MigrationId, Path};
 
 use scene::{Scene, ended, gate};
@@ -92,6 +92,27 @@ async fn the_destinations_veto_turns_a_running_migration_to_v1() {
     scene.b.gate.send_replace(gate(false));
     let status = arrived(&scene, &id, "v1", 1).await;
     assert!(status.fallback_reasons.iter().any(|r| r.contains("peer_veto")), "{:?}", status.fallback_reasons);
+}
+
+/// Limits that every node is beyond.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_in_trouble_turns_its_running_migrations_to_v1() {
+    let memory: fn(&mut EngineConfig) = |config| config.limits.memory = Some(1);
+    let cpu: fn(&mut EngineConfig) = |config| config.limits.cpu_pressure = Some(0);
+    for (adapt, cause) in [(memory, "breaker_memory"), (cpu, "breaker_cpu")] {
+        if cause == "breaker_cpu" && !std::path::Path::new("/proc/pressure/cpu").exists() {
+            eprintln!("SKIPPED the breaker for processors: this kernel keeps no pressure stall information");
+            continue;
+        }
+        let scene = Scene::with(true, true, Policy::default(), adapt).await;
+        scene.awaited().await;
+        let id = scene.a.engine.migrate(slow(&scene)).await.unwrap();
+        let status = arrived(&scene, &id, "v1", 1).await;
+        let reasons = status.fallback_reasons.join("; ");
+        assert!(reasons.contains("[limits]"), "{reasons}");
+        let switched = format!(r#"dwcp_path_switches_total{{to="v1",cause="{cause}"}} 1"#);
+        assert!(scene.a.metrics().contains(&switched), "{}", scene.a.metrics());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,21 +8,19 @@ use dwcp_proto::mode::{Link, ModeChange, ModeChoice};
 use dwcp_proto::path::{Cause, Change, PathChoice, Permit};
 use dwcp_proto::{Leg, Mode, Path};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::sleep;
+use tokio::time::{sleep, sleep_until};
 use tracing::info;
 
+use super::breaker::{Breaker, Finding};
 use crate::config::{Gate, Running};
 use crate::error::{Blame, Failure};
-use crate::report::anon_bytes;
 
 /// After so long without a word against it a migration goes (back) to v3. The flag has its own, longer, patience.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Between two looks at this node's memory.
+/// Between two looks at this node's memory and processors.
 const LOOK: Duration = Duration::from_secs(1);
 /// Characters of a reason. The destination refuses a switch for which more bytes of words are made, its frame of words included.
 const MAX_WORDS: usize = 200;
-/// Memory counts as short again only above this part of what is allowed, so that it does not flap.
-const EASED: f64 = 0.8;
 
 /// An operator's wish for a path, and where to answer it.
 pub(crate) struct SwitchOrder {
@@ -41,8 +39,9 @@ pub(crate) struct Helm {
     orders: mpsc::Receiver<SwitchOrder>,
     /// The guest stands still for the switchover: from then on the way leads forward only.
     stopped: watch::Receiver<bool>,
-    /// Anonymous memory that this agent may take; none is no limit.
-    memory: Option<u64>,
+    breaker: Breaker,
+    /// When it looks at this node next. Kept: whoever waits for a turn begins to wait anew with each chunk.
+    look_at: Instant,
     said: bool,
 }
 
@@ -54,12 +53,23 @@ impl Helm {
         mut gate: watch::Receiver<Gate>,
         orders: mpsc::Receiver<SwitchOrder>,
         stopped: watch::Receiver<bool>,
-        memory: Option<u64>,
+        breaker: Breaker,
     ) -> Self {
         let permit = permit(&gate.borrow_and_update());
         let choice = PathChoice::new(path, fixed, permit, PATIENCE, Duration::ZERO);
         let started = Instant::now();
-        Helm { choice, mode, wanted: None, started, gate, orders, stopped, memory, said: false }
+        Helm {
+            choice,
+            mode,
+            wanted: None,
+            started,
+            gate,
+            orders,
+            stopped,
+            breaker,
+            look_at: started,
+            said: false,
+        }
     }
 
     /// Waits until the path or the mode should change. Cancel safe.
@@ -77,7 +87,7 @@ impl Helm {
                 }
             }
             let wait = self.choice.next_poll(now).filter(|wait| !wait.is_zero());
-            let memory = self.memory.is_some();
+            let watches = self.breaker.watches();
             tokio::select! {
                 Ok(()) = self.gate.changed() => {
                     let permit = permit(&self.gate.borrow_and_update());
@@ -86,7 +96,7 @@ impl Helm {
                 Ok(()) = self.stopped.changed() => {}
                 Some(order) = self.orders.recv() => self.obey(order, stopped),
                 () = async { match wait { Some(wait) => sleep(wait).await, None => pending().await } } => {}
-                () = sleep(LOOK), if memory => self.look(),
+                () = sleep_until(self.look_at.into()), if watches => self.look(),
             }
         }
     }
@@ -154,15 +164,13 @@ impl Helm {
     }
 
     fn look(&mut self) {
-        let Some(limit) = self.memory else { return };
-        let used = anon_bytes();
+        self.look_at = Instant::now() + LOOK;
         let now = self.started.elapsed();
-        if used > limit {
-            let text =
-                format!("the agent takes {} MiB of memory, more than [limits] memory allows", used >> 20);
-            self.choice.trouble(Some((Cause::Memory, text)), now);
-        } else if (used as f64) < limit as f64 * EASED {
-            self.choice.lifted(Cause::Memory, now);
+        for (cause, finding) in self.breaker.look() {
+            match finding {
+                Finding::Tripped(words) => self.choice.trouble(Some((cause, words)), now),
+                Finding::Lifted => self.choice.lifted(cause, now),
+            }
         }
     }
 }

@@ -5,6 +5,7 @@
 //!        ─► precopy ─► STOP ─► all delivered ─► receipt ─► commit ─► the destination runs it
 //! ```
 
+mod breaker;
 mod bytes;
 mod carry;
 mod chunks;

@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{Instrument, debug, warn};
 
+use super::breaker::Breaker;
 use super::carry::{Peer, carry};
 use super::helm::{Helm, SwitchOrder};
 use super::reel::Reel;
@@ -342,7 +343,7 @@ impl Run {
             config.gate.clone(),
             switches,
             stopped,
-            config.limits.memory,
+            Breaker::new(&config.limits),
         );
         let turns = self.turns_tx.clone();
         let carry = async move {

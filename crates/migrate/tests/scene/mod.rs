@@ -40,26 +40,40 @@ pub fn gate(v3: bool) -> Gate {
 
 impl Node {
     pub async fn start(name: &str, seed: u8, v3: bool, policy: Policy) -> Node {
-        Node::start_with(name, seed, v3, policy, Bounds::default()).await
+        Node::start_with(name, seed, v3, policy, |_| ()).await
     }
 
-    pub async fn start_with(name: &str, seed: u8, v3: bool, policy: Policy, bounds: Bounds) -> Node {
+    /// One whose configuration is changed by `adapt` before it starts.
+    pub async fn start_with(
+        name: &str,
+        seed: u8,
+        v3: bool,
+        policy: Policy,
+        adapt: impl FnOnce(&mut EngineConfig),
+    ) -> Node {
         let dir = tempfile::tempdir().unwrap();
         let peers = Peers::of([key("a", 1).public(), key("b", 2).public()]);
         let (gate, gate_rx) = watch::channel(gate(v3));
-        let config = EngineConfig {
+        let mut config = EngineConfig {
             key: Arc::new(key(name, seed)),
             peers: Arc::new(peers),
             state_dir: dir.path().join("state"),
             policy,
-            limits: Limits { inflight: 16 << 20, workers: 2, migrations: 8, memory: None },
+            limits: Limits {
+                inflight: 16 << 20,
+                workers: 2,
+                migrations: 8,
+                memory: None,
+                cpu_pressure: None,
+            },
             hde: Hde::default(),
-            bounds,
+            bounds: Bounds::default(),
             congestion: Congestion::default(),
             gate: gate_rx,
             attach: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         };
+        adapt(&mut config);
         Node { engine: Engine::start(config).await.unwrap(), gate, dir }
     }
 
@@ -90,12 +104,18 @@ pub fn guest() -> GuestSpec {
 
 impl Scene {
     pub async fn new(a_v3: bool, b_v3: bool, policy: Policy) -> Scene {
-        Scene::with_bounds(a_v3, b_v3, policy, Bounds::default()).await
+        Scene::with(a_v3, b_v3, policy, |_| ()).await
     }
 
-    pub async fn with_bounds(a_v3: bool, b_v3: bool, policy: Policy, bounds: Bounds) -> Scene {
+    /// One whose source's configuration is changed by `adapt`.
+    pub async fn with(
+        a_v3: bool,
+        b_v3: bool,
+        policy: Policy,
+        adapt: impl FnOnce(&mut EngineConfig),
+    ) -> Scene {
         logged();
-        let a = Node::start_with("a", 1, a_v3, policy, bounds).await;
+        let a = Node::start_with("a", 1, a_v3, policy, adapt).await;
         let b = Node::start("b", 2, b_v3, policy).await;
         let source = SimVmm::running(&a.qmp(), guest()).unwrap();
         let destination = SimVmm::incoming(&b.qmp(), guest()).unwrap();
