@@ -43,7 +43,7 @@ pub use migrate::{begin_plain_migration, end_of_plain_migration, plain_migration
 pub use qemu::{Backing, Qemu, QemuSpec, Role};
 pub use qmp::{Event, Qmp, QmpError};
 pub use relay::Relay;
-pub use report::{REPORT, Seen, fault_report, soak_count, soak_report};
+pub use report::{REPORT, Seen, detected, fault_report, soak_count, soak_report, unix_ms};
 pub use scene::{Scene, VM};
 pub use sim::{Sim, SimGuest, SimState, never_both};
 pub use sim_scene::{Ending, SimScene, Victim, attempts};

@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use serde_json::{Value, json};
+
+use crate::agent::Agent;
 
 /// The variable with the file into which tests write what they measured.
 pub const REPORT: &str = "DWCP_REPORT";
@@ -31,6 +33,23 @@ pub struct Seen {
     pub detected: Option<Duration>,
     /// From the fault's end (or, where it does not end, its beginning) to the recovery.
     pub recovered: Option<Duration>,
+}
+
+/// From `began`, in Unix milliseconds, until the agent wrote down that the migration's link is down, if it did.
+///
+/// # Errors
+/// The agent does not tell.
+pub fn detected(agent: &Agent, migration: &str, began: u64) -> Result<Option<Duration>> {
+    let story = agent.ctl(&[&"explain", &migration, &"--json"])?.success()?.json()?;
+    let moments = story["sides"][0]["timeline"].as_array().cloned().unwrap_or_default();
+    let downs = moments.iter().filter(|moment| moment["what"] == "link_down");
+    let after = downs.filter_map(|moment| moment["unix_ms"].as_u64()?.checked_sub(began)).min();
+    Ok(after.map(Duration::from_millis))
+}
+
+/// The wall clock, as journals have it.
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Reports how a fault was met, by the row of [`crate::FAULTS`] that it belongs to. `who` is `dwcp v1`, `dwcp v3` or

@@ -124,7 +124,7 @@ fn a_clock_that_jumps() -> Result<()> {
     ensure!(seconds < 60.0, "a jump of the clock counted as time: {result}");
     ensure!(scene.ending_of_guests()? == Ending::Moved);
     // The journal tells that the clock was another one, and is read all the same.
-    let story = scene.a.ctl(&[&"explain", &"m1", &"--json", &"--local"])?.success()?.json()?;
+    let story = scene.a.ctl(&[&"explain", &"m1", &"--json"])?.success()?.json()?;
     let moments = story["sides"][0]["timeline"].as_array().cloned().unwrap_or_default();
     let times: Vec<u64> = moments.iter().filter_map(|moment| moment["unix_ms"].as_u64()).collect();
     let years = |ms: u64| ms / (365 * 24 * 3600 * 1000);

@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use dwcp_proto::handover::Message as Word;
 use dwcp_proto::message::Body;
 use dwcp_tests::{
-    AgentConfig, Direction, End, Ending, LineProfile, Relay, Seen, SimGuest, SimScene, Wan, fault_report,
-    never_both, until,
+    AgentConfig, Direction, End, Ending, LineProfile, Relay, Seen, SimGuest, SimScene, Wan, detected,
+    fault_report, never_both, unix_ms, until,
 };
 use serde_json::Value;
 
@@ -349,6 +349,7 @@ impl Dark {
         let delivered = |wan: &mut Wan| -> Result<u64> { Ok(wan.count()?[0].delivered) };
         until("the middle of precopy", LIMIT, || Ok((delivered(&mut wan)? > 1000).then_some(())))?;
         wan.cut(self.direction)?;
+        let began = unix_ms();
         let end = Instant::now() + self.time;
         until("the end of the dark", LIMIT, || Ok((Instant::now() >= end).then_some(())))?;
         ensure!(scene.from.is_running(), "the guest does not run on: {}", scene.logs());
@@ -360,7 +361,8 @@ impl Dark {
         ensure!(scene.ending("m1")? == Ending::Moved, "{}", scene.logs());
         let result = status(&scene)?;
         ensure!(result["retransmitted_chunks"].as_u64().is_some(), "{result}");
-        fault_report(row, &format!("dwcp {path}"), "moved, guest right", Seen { recovered, detected: None })
+        let detected = detected(&scene.a, "m1", began)?;
+        fault_report(row, &format!("dwcp {path}"), "moved, guest right", Seen { recovered, detected })
     }
 }
 

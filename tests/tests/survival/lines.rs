@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use dwcp_tests::{
     AgentConfig, Direction, End, GuestLoad, Kit, LineProfile, Qemu, QemuSpec, QemuVersion, Role, Scene, Seen,
-    Wan, Watcher, begin_plain_migration, end_of_plain_migration, fault_report, until,
+    Wan, Watcher, begin_plain_migration, detected, end_of_plain_migration, fault_report, unix_ms, until,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// The line when nothing is wrong with it: some ten seconds for the guest.
 const RATE: u64 = 60_000_000;
@@ -163,7 +163,7 @@ fn through_agents(kit: &Kit, mut wan: Wan, path: &str, fault: Fault) -> Result<S
     scene.to.guest_ok_for(Duration::from_secs(3)).with_context(|| format!("{result}\n{}", scene.logs()))?;
     watcher.finish()?;
     ensure!(result["status"] == "completed", "{result}");
-    Ok(Seen { detected: link_down(&scene, began)?, recovered })
+    Ok(Seen { detected: detected(&scene.a, "m1", began)?, recovered })
 }
 
 fn through_nothing(kit: &Kit, mut wan: Wan, fault: Fault) -> Result<Seen> {
@@ -194,20 +194,4 @@ fn strike(wan: &mut Wan, fault: Fault) -> Result<(u64, Option<Duration>)> {
     // A plain migration that was killed sends nothing any more.
     let flows = until("data to flow again", LIMIT, || Ok((delivered(wan)? > before + FLOWING).then_some(())));
     Ok((began, flows.is_ok().then(|| ended.elapsed())))
-}
-
-/// From `began` until the source's agent wrote down that its link is down, if it did.
-fn link_down(scene: &Scene, began: u64) -> Result<Option<Duration>> {
-    let said = scene.a.ctl(&[&"explain", &"m1", &"--json"])?.success()?;
-    let mut moments = said.stdout.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let down = moments.find_map(|story| {
-        let timeline = story["timeline"].as_array()?.clone();
-        timeline.iter().find(|moment| moment["what"] == "link_down")?["unix_ms"].as_u64()
-    });
-    Ok(down.and_then(|down| down.checked_sub(began)).map(Duration::from_millis))
-}
-
-fn unix_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as u64)
 }
