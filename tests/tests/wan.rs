@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use dwcp_tests::{
     AgentConfig, Backing, Direction, End, Ending, LineProfile, QemuSpec, QemuVersion, Role, Scene, SimGuest,
-    SimScene, Wan, Watcher, until,
+    SimScene, Wan, Watcher, ram, until,
 };
 use serde_json::{Value, json};
 
@@ -176,6 +176,48 @@ fn the_mode_follows_the_line() -> Result<()> {
     for series in ["to=\"internet\",cause=\"link_far\"", "to=\"datacenter\",cause=\"link_near\""] {
         ensure!(metrics.contains(&format!("dwcp_mode_switches_total{{{series}}} 1")), "{metrics}");
     }
+    Ok(())
+}
+
+/// From internet mode, whose pages went straight into the destination's RAM, to datacenter mode: the guest's memory arrives whole.
+#[test]
+fn a_guest_arrives_whole_although_the_mode_changed() -> Result<()> {
+    let test = "a_guest_arrives_whole_although_the_mode_changed";
+    let far = LineProfile::new(40_000_000, Duration::from_millis(10));
+    let near = LineProfile { queue: 16 << 10, ..LineProfile::new(40_000_000, Duration::ZERO) };
+    let fast = LineProfile { queue: 4 << 20, ..LineProfile::new(0, Duration::ZERO) };
+    let Some(kit) = Scene::kit_or_skip(test) else { return Ok(()) };
+    let Some(mut wan) = Wan::start_or_skip(test, far)? else { return Ok(()) };
+    let at = |end: End| AgentConfig {
+        data: (end.address(), 0).into(),
+        namespace: Some(wan.namespace(end)),
+        extra: "[link]\ndatacenter_rate = \"16Mbit\"\n".into(),
+        ..AgentConfig::default()
+    };
+    let spec = QemuSpec { backing: Backing::Memfd, ..QemuSpec::new(QemuVersion::V10_0, Role::Source) };
+    let scene = Scene::with(&kit, spec, at(End::A), at(End::B))?;
+    scene.from.watch().run("stop", json!({}))?;
+    scene.incoming()?.success()?;
+    let result = std::thread::scope(|scope| -> Result<Value> {
+        let moving = scope.spawn(|| scene.migrate(&["--path", "v3", "--id", "m"])?.success()?.json());
+        let until_status = |what: &str, there: &dyn Fn(&Value) -> bool| {
+            until(what, Duration::from_secs(60), || {
+                // Until it is registered there is none.
+                let status = scene.a.ctl(&[&"status", &"m", &"--json"])?.json().unwrap_or_default();
+                Ok((there(&status) || status["phase"] == "completed").then_some(()))
+            })
+        };
+        until_status("the first pages", &|s| s["raw_bytes"].as_u64() > Some(4 << 20))?;
+        wan.set(Direction::Both, near)?;
+        until_status("datacenter mode", &|s| s["mode"] == "datacenter")?;
+        wan.set(Direction::Both, fast)?;
+        moving.join().map_err(|_| anyhow!("the moving thread failed"))?
+    });
+    let result = result.with_context(|| scene.logs())?;
+    ensure!(result["mode"] == "datacenter" && result["mode_switches"] == 1, "{result}");
+    ensure!(result["sink"] == "stream" && result["path_switches"] == 0, "{result}");
+    ensure!(result["fallback_reasons"].to_string().contains("sink stream instead of mapped"), "{result}");
+    ensure!(ram::compare(&scene.from, &scene.to, scene.ram_bytes())?.is_none(), "{result}");
     Ok(())
 }
 

@@ -29,9 +29,9 @@ use crate::source::{self, Downtime, Plan};
 use crate::spec::{MigrateSpec, Vmm};
 use content::{LATER, SOON, Seen};
 
-/// A burst as long as TCP needs to find a far link's rate.
+/// A burst as long as TCP needs to find a far link's rate; less than the destination takes of one connection.
 const BURST: Burst =
-    Burst { streams: 1, bytes: 512 << 20, time: Duration::from_secs(3), link: Mode::Internet };
+    Burst { streams: 1, bytes: 192 << 20, time: Duration::from_secs(3), link: Mode::Internet };
 /// Bytes a second that the agents get through where nothing is compressed, about, on two cores.
 const PLAIN: f64 = 500e6;
 /// Bytes a second of zero pages.
@@ -187,7 +187,7 @@ async fn look(qemu: &Qemu, known: &mut Known, compression: Compression) -> Resul
         Err(why) => {
             let why = crate::hde::words(&why);
             known.notes.push(format!("the guest's memory cannot be read ({why}): what the VMM holds counts as not zero and not compressible"));
-            let touched = qemu.qmp().pid().and_then(|pid| crate::process::resident_bytes(pid));
+            let touched = qemu.qmp().pid().and_then(crate::process::resident_bytes);
             let zero = touched.map(|touched| 1.0 - (touched as f64 / known.ram.max(1) as f64).min(1.0));
             let mut seen = Seen { zero: zero.unwrap_or(0.0), ..Seen::unknown() };
             if known.runs {

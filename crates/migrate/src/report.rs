@@ -17,6 +17,10 @@ use crate::status::{Phase, Progress, Role, Status};
 /// Reasons that a status holds; a migration that changes its path more often has told enough.
 const MAX_REASONS: usize = 64;
 
+/// What a change of mode costs where pages were written into RAM.
+const UNMAPPED: &str =
+    "sink stream instead of mapped: only a stream from its beginning can be written into RAM";
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Report {
@@ -191,10 +195,7 @@ impl Report {
             s.path_switches += u32::from(!of_mode && cause != Cause::Restarted);
             let text = match of_mode {
                 false => format!("{} from byte {} on: {cause}: {reason}", leg.path.name(), leg.from),
-                true if mapped && !leg.choice.mapped => {
-                    format!("sink stream instead of mapped from byte {} on: the mode changed, and what was written to the VMM's \
-                             socket may be unread", leg.from)
-                }
+                true if mapped && !leg.choice.mapped => format!("{UNMAPPED}, from byte {} on", leg.from),
                 // A mode is not worse than the other; why it changed is in `mode_reason`.
                 true => return,
             };
