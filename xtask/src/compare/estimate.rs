@@ -20,6 +20,8 @@ use crate::test::build_programs;
 const GOAL: f64 = 0.25;
 /// For one migration.
 const LIMIT: Duration = Duration::from_secs(300);
+/// RAM of the guests: what is under test, and room for their kernel.
+const RAM_MIB: u32 = 512;
 /// The arguments of both.
 const ARGUMENTS: [&str; 4] = ["--path", "v3", "--downtime-limit", "500ms"];
 
@@ -129,7 +131,12 @@ fn run(load: GuestLoad, profile: LineProfile) -> Result<(Value, Value)> {
         namespace: Some(wan.namespace(end)),
         ..AgentConfig::default()
     };
-    let spec = QemuSpec { backing: Backing::Memfd, load, ..QemuSpec::new(QemuVersion::V10_0, Role::Source) };
+    let spec = QemuSpec {
+        backing: Backing::Memfd,
+        load,
+        ram_mib: RAM_MIB,
+        ..QemuSpec::new(QemuVersion::V10_0, Role::Source)
+    };
     let scene = Scene::with(&kit, spec, at(End::A), at(End::B))?;
     scene.incoming()?.success()?;
     // Status 1 where it would not converge: that is an answer, too.

@@ -86,7 +86,7 @@ fn document(kit: &Kit, settings: &Settings, table: &Table) -> Result<String> {
     Ok(format!(
         "# Congestion control over long lines\n\n\
          Made by `cargo xtask compare tcp`: plain TCP connections between two network namespaces over a shaped line whose queue holds two \
-         round trips. Mbit/s of payload in the second half of {} s, medians of {} runs.\n\n{machine}- day: {}\n- load: {:.1}\n\n{table}\n\
+         round trips. Mbit/s of payload in the second half of {} s, median of {} run(s). What is above the line's rate had waited in its queue.\n\n{machine}- day: {}\n- load: {:.1}\n\n{table}\n\
          A congestion control that takes every lost packet for a full link (cubic, the usual default) carries a fraction of a long line \
          that loses packets by chance, whatever the number of connections. BBR does not, and where nothing is lost it is as good. So data \
          connections in internet mode ask for BBR where the kernel has it (`[link] congestion`), and the status says where it has not.\n",
