@@ -13,8 +13,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use crate::kit::target_dir;
+use crate::netns::{entering, within};
 use crate::wait::until;
-use crate::wan::{entering, within};
 
 /// From the start of the process to an answer on its RPC socket.
 const START: Duration = Duration::from_secs(15);

@@ -11,9 +11,9 @@ use serde_json::json;
 
 use crate::guest::{GuestLoad, Report, SerialLog};
 use crate::kit::{Kit, QemuVersion};
+use crate::netns::entering;
 use crate::qmp::Qmp;
 use crate::wait::until;
-use crate::wan::entering;
 
 /// From the start of the process to an answer on its QMP sockets.
 const LAUNCH: Duration = Duration::from_secs(20);

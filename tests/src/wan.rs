@@ -1,53 +1,17 @@
 //! A long line between two network namespaces, for agents that are to be far from each other: see `dwcp-wan`.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use anyhow::{Context, Result, ensure};
 
 use crate::agent::program;
 use crate::kit::skip;
-use crate::wait::until;
-
-/// For a namespace or a device to be there.
-const SETUP: Duration = Duration::from_secs(10);
-
-/// One of the two ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// The first.
-    A,
-    /// The second.
-    B,
-}
-
-impl End {
-    /// Both.
-    pub const ALL: [End; 2] = [End::A, End::B];
-
-    /// Its address: of the network that is set aside for documentation.
-    pub fn address(self) -> IpAddr {
-        IpAddr::V4(match self {
-            End::A => Ipv4Addr::new(192, 0, 2, 1),
-            End::B => Ipv4Addr::new(192, 0, 2, 2),
-        })
-    }
-
-    fn device(self) -> &'static str {
-        match self {
-            End::A => "dwcp-a",
-            End::B => "dwcp-b",
-        }
-    }
-}
+use crate::netns::{End, Namespaces, entering, namespace};
 
 /// Which way packets go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +69,7 @@ pub struct Count {
 /// Two namespaces and the line between them; all of it is gone when this is dropped.
 #[derive(Debug)]
 pub struct Wan {
-    ends: [Child; 2],
+    ends: Namespaces,
     line: Child,
     commands: ChildStdin,
     answers: BufReader<ChildStdout>,
@@ -137,16 +101,10 @@ impl Wan {
     }
 
     fn start(profile: LineProfile) -> Result<Self> {
-        let ends = [namespace(&["sleep", "infinity"])?.spawn()?, namespace(&["sleep", "infinity"])?.spawn()?];
-        for end in &ends {
-            let mine = std::fs::read_link("/proc/self/ns/net")?;
-            until("a network namespace", SETUP, || {
-                Ok(std::fs::read_link(namespace_of(end)).ok().filter(|theirs| *theirs != mine))
-            })?;
-        }
+        let ends = Namespaces::start()?;
         let line = program("dwcp-wan")?;
-        let mut line = namespace(&[&line.to_string_lossy()])?
-            .args(ends.iter().map(|end| end.id().to_string()))
+        let mut line = namespace(&[&line.to_string_lossy()])
+            .args(End::ALL.map(|end| ends.pid(end).to_string()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -155,10 +113,7 @@ impl Wan {
         let mut wan = Wan { ends, line, commands, answers };
         ensure!(wan.answer()? == "ready", "the line between the namespaces is not there");
         for end in End::ALL {
-            let (device, address) = (end.device(), format!("{}/30", end.address()));
-            wan.ip(end, &["link", "set", "lo", "up"])?;
-            wan.ip(end, &["link", "set", device, "mtu", "1500", "up"])?;
-            wan.ip(end, &["address", "add", &address, "dev", device])?;
+            wan.ends.configure(end)?;
         }
         wan.set(Direction::Both, profile)?;
         Ok(wan)
@@ -166,7 +121,7 @@ impl Wan {
 
     /// The network namespace of an end, as `nsenter --net=` takes it.
     pub fn namespace(&self, end: End) -> PathBuf {
-        namespace_of(self.child(end))
+        self.ends.namespace(end)
     }
 
     /// Gives a direction another nature, from the next packet on.
@@ -227,7 +182,7 @@ impl Wan {
     /// # Errors
     /// `work`'s own; or the namespace cannot be entered.
     pub fn within<T: Send>(&self, end: End, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        within(&self.namespace(end), work)
+        self.ends.within(end, work)
     }
 
     /// Runs `ip` in an end's namespace, such as `address del` to take its address away.
@@ -235,16 +190,7 @@ impl Wan {
     /// # Errors
     /// It refuses.
     pub fn ip(&self, end: End, arguments: &[&str]) -> Result<()> {
-        let status = entering(&self.namespace(end)).arg("ip").args(arguments).status()?;
-        ensure!(status.success(), "ip {arguments:?} ended with {status}");
-        Ok(())
-    }
-
-    fn child(&self, end: End) -> &Child {
-        match end {
-            End::A => &self.ends[0],
-            End::B => &self.ends[1],
-        }
+        self.ends.ip(end, arguments)
     }
 
     fn obey(&mut self, command: &str) -> Result<String> {
@@ -263,41 +209,7 @@ impl Wan {
 
 impl Drop for Wan {
     fn drop(&mut self) {
-        // The namespaces and all that is in them go with the processes that hold them.
-        for child in self.ends.iter_mut().chain([&mut self.line]) {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let _ = self.line.kill();
+        let _ = self.line.wait();
     }
-}
-
-/// Runs `work` on a thread in a network namespace.
-pub(crate) fn within<T: Send>(namespace: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let namespace = File::open(namespace)?;
-    std::thread::scope(|scope| {
-        let there = scope.spawn(move || {
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
-                .context("enter a network namespace")?;
-            work()
-        });
-        there.join().map_err(|_| anyhow!("the thread in the namespace panicked"))?
-    })
-}
-
-/// A command that runs in a network namespace, before its own words.
-pub(crate) fn entering(namespace: &Path) -> Command {
-    let mut command = Command::new("nsenter");
-    command.arg(format!("--net={}", namespace.display()));
-    command
-}
-
-/// A command in a network namespace of its own, which dies with the thread that starts it.
-fn namespace(words: &[&str]) -> Result<Command> {
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "unshare", "--net"]).args(words).stdin(Stdio::null());
-    Ok(command)
-}
-
-fn namespace_of(process: &Child) -> PathBuf {
-    PathBuf::from(format!("/proc/{}/ns/net", process.id()))
 }

@@ -63,6 +63,14 @@ pub(crate) fn quiet(cores: usize, limit: Duration) -> Result<bool> {
     }
 }
 
+/// Bytes of anonymous memory that a process has now (`RssAnon`): what it shares with a guest is not its own.
+pub(crate) fn anonymous(pid: u32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let field = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = field.and_then(|field| field.trim().strip_suffix(" kB")?.parse::<f64>().ok());
+    Ok(kib.with_context(|| format!("no RssAnon of process {pid}"))? * 1024.0)
+}
+
 fn process(pid: u32) -> Result<f64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     process_seconds(&stat).with_context(|| format!("the CPU time of process {pid} in {stat}"))
@@ -96,6 +104,7 @@ mod tests {
         assert_eq!(process_seconds(stat), Some(3.0));
         assert_eq!(process_seconds("17 (short) S 1"), None);
         assert!(process(std::process::id()).unwrap() >= 0.0);
+        assert!(anonymous(std::process::id()).unwrap() > 0.0);
     }
 
     #[test]

@@ -36,6 +36,14 @@ pub(crate) fn load() -> Result<f64> {
     first.with_context(|| format!("no load in {text}"))
 }
 
+/// MiB of memory that are free, or can be made so.
+pub(crate) fn available_mib() -> Result<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    let kib =
+        field(&meminfo, "MemAvailable").and_then(|text| text.trim_end_matches(" kB").parse::<u64>().ok());
+    Ok(kib.context("no MemAvailable in /proc/meminfo")? >> 10)
+}
+
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| {
         let (key, value) = line.split_once(':')?;

@@ -4,9 +4,11 @@
 //! machine and the day, into `docs/`.
 
 mod cost;
+mod dc;
 mod estimate;
 mod machine;
 mod relay;
+mod stage;
 mod table;
 mod tcp;
 mod v1;
@@ -29,6 +31,8 @@ enum What {
     Estimate(estimate::Settings),
     /// What TCP carries over long and lossy lines, by congestion control; writes docs/compare-tcp.md
     Tcp(tcp::Settings),
+    /// Datacenter mode beside path v1 and QEMU alone, over a cable between two network namespaces; writes docs/compare-dc.md
+    Dc(dc::Settings),
 }
 
 /// Runs the comparison that was asked for.
@@ -37,5 +41,6 @@ pub(crate) fn compare(arguments: &Arguments) -> Result<()> {
         What::V1(settings) => v1::compare(settings),
         What::Estimate(settings) => estimate::compare(settings),
         What::Tcp(settings) => tcp::compare(settings),
+        What::Dc(settings) => dc::compare(settings),
     }
 }

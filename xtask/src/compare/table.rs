@@ -56,6 +56,18 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     Some((lower + upper) / 2.0)
 }
 
+/// Lines of text out of their words.
+pub(crate) trait ConcatLines {
+    /// Each after `mark`, and on a line of its own.
+    fn concat_lines(&self, mark: &str) -> String;
+}
+
+impl ConcatLines for Vec<String> {
+    fn concat_lines(&self, mark: &str) -> String {
+        self.iter().map(|line| format!("{mark}{line}\n")).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,26 +1,19 @@
 //! Path v1 beside socat, and beside QEMU alone, between the same two QEMUs.
 //!
-//! One guest, booted once and paused, goes to a fresh destination again and again: a contender takes its memory there, the
-//! destination is thrown away, and the source's copy is woken for a moment so that it may leave once more. Every
-//! contender is timed by the same clock: the stamps that the VMMs themselves put on their migration events.
+//! One guest, booted once and paused, is carried by one contender after the other: see [`Stage`].
 
 use std::fs;
 use std::path::PathBuf;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
-use dwcp_tests::{
-    Agent, AgentConfig, Event, GuestLoad, Kit, Mix, Qemu, QemuSpec, QemuVersion, Role, VM, ram,
-};
-use serde_json::{Value, json};
-use tempfile::TempDir;
+use dwcp_tests::{Agent, AgentConfig, GuestLoad, Kit, Mix, Qemu, QemuSpec, QemuVersion, Role};
+use serde_json::json;
 
-use super::cost::{Usage, quiet};
 use super::machine;
 use super::relay::{Relay, Socat};
-use super::table::{Table, median};
+use super::stage::{Run, Runs, Stage};
+use super::table::{ConcatLines, Table, median};
 use crate::run::root;
 use crate::setup::setup;
 use crate::test::build_programs;
@@ -31,19 +24,6 @@ const MIN_RUNS: usize = 5;
 const BESIDE_MIB: u32 = 256;
 /// socat's buffer where it is told one.
 const LARGE_BUFFER: u32 = 256 << 10;
-/// No limit of bandwidth: far above what memory itself carries, and the same as the agents tell QEMU.
-const UNLIMITED: u64 = 1 << 40;
-/// For one move of the guest.
-const MOVE: Duration = Duration::from_secs(120);
-/// Between two looks at a migration's state: rare, so that looking costs none of the time that is measured.
-const LOOK: Duration = Duration::from_millis(50);
-/// How long a run waits for a machine without other work.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// A run counts as disturbed when others took so large a part of the machine during it. The kernel's own work, which no process
-/// is charged for, and the two QMP clients are below that.
-const DISTURBED: f64 = 0.15;
-/// How often a disturbed run is made again, in a row.
-const AGAIN: usize = 5;
 /// v1 in the clear is to reach this part of socat's throughput.
 const TARGET: f64 = 0.95;
 
@@ -99,31 +79,6 @@ impl Contender {
 /// The one that is held to [`TARGET`].
 const V1_PLAIN: Contender = Contender::Agents { path: "v1", tls: false };
 
-/// What one move took. Times are in seconds from the source's `setup`.
-#[derive(Debug, Clone, Copy)]
-struct Run {
-    /// To the source's `completed`.
-    sent: f64,
-    /// To the destination's `completed`.
-    arrived: f64,
-    /// `total-time` of the source's `query-migrate`.
-    total_time: f64,
-    /// Bytes of memory that the source sent.
-    bytes: f64,
-    /// CPU seconds, from before the first command to after the last.
-    used: Usage,
-    /// CPU seconds of others: what is neither the contender's nor the VMMs', and what the host took.
-    others: f64,
-    /// Whether those were more than [`DISTURBED`].
-    disturbed: bool,
-}
-
-impl Run {
-    fn rate(&self) -> f64 {
-        self.bytes / self.sent / 1e9
-    }
-}
-
 /// Measures, prints the table and writes the document.
 pub(crate) fn compare(settings: &Settings) -> Result<()> {
     ensure!(settings.runs >= MIN_RUNS || settings.only.is_some(), "--runs: at least {MIN_RUNS}");
@@ -140,37 +95,13 @@ pub(crate) fn compare(settings: &Settings) -> Result<()> {
     let mut bench = Bench::start(kit, socat, settings.mib)?;
 
     let load_before = machine::load()?;
-    let mut results: Vec<(Contender, Vec<Run>)> = contenders.iter().map(|&c| (c, Vec::new())).collect();
-    let mut repeated = 0;
-    for round in 0..=settings.runs {
-        for index in order(results.len(), round) {
-            let (contender, runs) = &mut results[index];
-            let warm_up = round == 0;
-            let mut run = bench.run(*contender, warm_up)?;
-            for _ in 0..AGAIN {
-                if warm_up || !run.disturbed {
-                    break;
-                }
-                repeated += 1;
-                println!("  others used {:.2} CPU s of the last run: once more", run.others);
-                run = bench.run(*contender, false)?;
-            }
-            let (name, of) = (contender.name(), settings.runs);
-            println!(
-                "  {round}/{of} {name:<28} {:.3} s, arrived {:.3} s, {:.2} GB/s, CPU {:.2} + {:.2} of {:.2} s",
-                run.sent,
-                run.arrived,
-                run.rate(),
-                run.used.movers,
-                run.used.vmms,
-                run.used.machine
-            );
-            if !warm_up {
-                runs.push(run);
-            }
-        }
-    }
-    let report = Report { results, repeated, load: (load_before, machine::load()?) };
+    let runs = Runs::measure(
+        contenders,
+        settings.runs,
+        |contender| contender.name(),
+        |&contender, warm_up| bench.run(contender, warm_up),
+    )?;
+    let report = Report { runs, load: (load_before, machine::load()?) };
     let table = report.table()?.to_string();
     println!("\n{table}");
     for line in report.verdict() {
@@ -184,42 +115,26 @@ pub(crate) fn compare(settings: &Settings) -> Result<()> {
     Ok(())
 }
 
-/// Every other round goes backwards, and each pair of rounds begins with another contender, so that nobody always comes after the
-/// same one.
-fn order(count: usize, round: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..count).map(|index| (index + round / 2) % count.max(1)).collect();
-    if round % 2 == 1 {
-        order.reverse();
-    }
-    order
-}
-
 /// The guest, and all that may carry it.
 struct Bench {
-    kit: Kit,
     socat: Socat,
-    cores: usize,
-    spec: QemuSpec,
-    source: Qemu,
     in_the_clear: (Agent, Agent),
     encrypted: (Agent, Agent),
-    moves: u32,
-    // Last, so that the processes are gone before their folder is.
-    dir: TempDir,
+    // Last, since the agents' folders are in its own.
+    stage: Stage,
 }
 
 impl Bench {
     fn start(kit: Kit, socat: Socat, mib: u32) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
         let spec = QemuSpec {
             ram_mib: mib + BESIDE_MIB,
             prealloc: true,
             load: GuestLoad { mib, mix: Mix::Random, ..GuestLoad::default() }.idle(),
             ..QemuSpec::new(QemuVersion::V10_0, Role::Source)
         };
-        let source = Qemu::launch(&kit, dir.path(), "source", &spec)?;
+        let stage = Stage::start(kit, spec, None)?;
         let pair = |name: &str, config: &AgentConfig| {
-            let folder = dir.path().join(name);
+            let folder = stage.dir().join(name);
             fs::create_dir(&folder)?;
             Agent::pair(&folder, config.clone(), config.clone())
         };
@@ -227,157 +142,43 @@ impl Bench {
             AgentConfig { v1_plain: true, datacenter_encryption: "none", ..AgentConfig::default() };
         let (in_the_clear, encrypted) =
             (pair("clear", &in_the_clear)?, pair("tls", &AgentConfig::default())?);
-        let source = source.booted()?;
-        source.watch().run("stop", json!({}))?;
-        let cores = std::thread::available_parallelism()?.get();
-        Ok(Bench { kit, socat, cores, spec, source, in_the_clear, encrypted, moves: 0, dir })
+        Ok(Bench { socat, in_the_clear, encrypted, stage })
     }
 
     /// One move to a fresh destination. With `compare` both memories are compared afterwards.
     fn run(&mut self, contender: Contender, compare: bool) -> Result<Run> {
-        self.moves += 1;
-        let name = format!("destination-{}", self.moves);
-        let mut destination = Qemu::launch(&self.kit, self.dir.path(), &name, &self.spec.destination())?;
-        for vm in [&self.source, &destination] {
-            let events = json!([{ "capability": "events", "state": true }]);
-            vm.watch().run("migrate-set-capabilities", json!({ "capabilities": events }))?;
-        }
-        // What the agents told QEMU in an earlier run must not help or hinder anyone.
-        let parameters =
-            json!({ "max-bandwidth": UNLIMITED, "avail-switchover-bandwidth": 0, "downtime-limit": 300 });
-        self.source.watch().run("migrate-set-parameters", parameters)?;
-        self.source.watch().events().for_each(drop);
-
-        let run = self.timed(contender, &destination).with_context(|| contender.name())?;
-        if compare {
-            let difference = ram::compare(&self.source, &destination, self.spec.ram_bytes())?;
-            ensure!(difference.is_none(), "{}: the memories differ: {difference:?}", contender.name());
-        }
-        // Never two that run: the other one first.
-        destination.kill();
-        fs::remove_dir_all(destination.dir())?;
-        for command in ["cont", "stop"] {
-            self.source.watch().run(command, json!({}))?;
-        }
-        Ok(run)
-    }
-
-    fn timed(&self, contender: Contender, destination: &Qemu) -> Result<Run> {
-        match contender {
+        let Bench { socat, in_the_clear, encrypted, stage } = self;
+        let carry = |stage: &Stage, destination: &Qemu| match contender {
             Contender::Direct => {
                 destination.watch().run("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
                 let state = destination.watch().run("query-migrate", json!({}))?;
                 let port = state["socket-address"][0]["port"].as_str().context("QEMU names no port")?;
-                self.measured(destination, &[], || self.migrate(&format!("tcp:127.0.0.1:{port}")))
+                stage.measured(destination, &[], || stage.migrate(&format!("tcp:127.0.0.1:{port}")))
             }
             Contender::Socat(buffer) => {
                 let (from, to) = (destination.dir().join("from.sock"), destination.dir().join("to.sock"));
                 let uri = |path: &PathBuf| format!("unix:{}", path.display());
                 destination.watch().run("migrate-incoming", json!({ "uri": uri(&to) }))?;
-                let relay = Relay::start(&self.socat, buffer, &from, &to)?;
-                self.measured(destination, &relay.pids(), || self.migrate(&uri(&from)))
+                let relay = Relay::start(socat, buffer, &from, &to)?;
+                stage.measured(destination, &relay.pids(), || stage.migrate(&uri(&from)))
             }
             Contender::Agents { path, tls } => {
-                let (a, b) = if tls { &self.encrypted } else { &self.in_the_clear };
-                let qmp = destination.qmp_path();
-                b.ctl(&[&"incoming", &VM, &"--qmp", &qmp.display(), &"--from", &a.node()])?.success()?;
-                let pids: Vec<u32> = [a, b].into_iter().filter_map(Agent::pid).collect();
-                let moved = || {
-                    let (qmp, to) = (self.source.qmp_path(), b.target()?);
-                    let qmp = qmp.display();
-                    a.ctl(&[
-                        &"migrate",
-                        &VM,
-                        &"--qmp",
-                        &qmp,
-                        &"--to",
-                        &to,
-                        &"--path",
-                        &path,
-                        &"--mode",
-                        &"datacenter",
-                        &"--json",
-                    ])
-                };
-                let check = || {
-                    let result = moved()?.success()?.json()?;
+                let (a, b) = if tls { encrypted } else { in_the_clear };
+                stage.by_agents((a, b), destination, &["--path", path, "--mode", "datacenter"], |result| {
                     let encryption = if tls { "tls" } else { "none" };
                     let as_asked = result["path"] == path && result["encryption"] == encryption;
                     ensure!(as_asked, "not over {path} with encryption {encryption}: {result}");
                     Ok(())
-                };
-                let logs = || format!("agent a:\n{}\nagent b:\n{}", a.log(), b.log());
-                self.measured(destination, &pids, check).with_context(logs)
+                })
             }
-        }
+        };
+        stage.move_guest(false, compare, carry).with_context(|| contender.name())
     }
-
-    /// QEMU's own migration to `uri`.
-    fn migrate(&self, uri: &str) -> Result<()> {
-        self.source.watch().run("migrate", json!({ "uri": uri }))?;
-        Ok(())
-    }
-
-    /// Waits for quiet, lets `action` begin or do the whole, waits for both ends and reads what it took.
-    fn measured(
-        &self,
-        destination: &Qemu,
-        movers: &[u32],
-        action: impl FnOnce() -> Result<()>,
-    ) -> Result<Run> {
-        let vmms = [self.source.pid(), destination.pid()];
-        if !quiet(self.cores, PATIENCE)? {
-            println!("  the machine has other work, and it does not end");
-        }
-        let (start, before) = (Instant::now(), Usage::sample(movers, &vmms)?);
-        action()?;
-        let state = completed(&self.source).context("source")?;
-        completed(destination).context("destination")?;
-        let used = Usage::sample(movers, &vmms)?.since(before);
-        let capacity = start.elapsed().as_secs_f64() * self.cores as f64;
-
-        let sent: Vec<Event> = self.source.watch().events().collect();
-        let received: Vec<Event> = destination.watch().events().collect();
-        let began = stamp(&sent, "setup")?;
-        let since = |micros: u64| micros.saturating_sub(began) as f64 / 1e6;
-        let number = |value: &Value| value.as_f64().with_context(|| format!("no figures in {state}"));
-        let others = (used.machine - used.movers - used.vmms).max(0.0) + used.stolen;
-        Ok(Run {
-            sent: since(stamp(&sent, "completed")?),
-            arrived: since(stamp(&received, "completed")?),
-            total_time: number(&state["total-time"])? / 1e3,
-            bytes: number(&state["ram"]["transferred"])?,
-            used,
-            others,
-            disturbed: others > DISTURBED * capacity,
-        })
-    }
-}
-
-/// Waits until a VMM's migration is done, and gives what it says of it.
-fn completed(vm: &Qemu) -> Result<Value> {
-    let start = Instant::now();
-    loop {
-        let state = vm.watch().run("query-migrate", json!({}))?;
-        match state["status"].as_str() {
-            Some("completed") => return Ok(state),
-            Some("failed" | "cancelled") => bail!("QEMU says {state}"),
-            _ if start.elapsed() > MOVE => bail!("not done after {} s: {state}", MOVE.as_secs()),
-            _ => sleep(LOOK),
-        }
-    }
-}
-
-/// QEMU's own stamp on the migration's change to `status`, microseconds since the epoch.
-fn stamp(events: &[Event], status: &str) -> Result<u64> {
-    let found = events.iter().find(|event| event.name == "MIGRATION" && event.data["status"] == status);
-    Ok(found.with_context(|| format!("QEMU announced no \"{status}\": {events:?}"))?.micros)
 }
 
 /// All that was measured.
 struct Report {
-    results: Vec<(Contender, Vec<Run>)>,
-    repeated: usize,
+    runs: Runs<Contender>,
     /// Before and after.
     load: (f64, f64),
 }
@@ -397,7 +198,7 @@ impl Report {
             "CPU s/GB, machine",
         ];
         let mut table = Table::new(&head);
-        for (contender, runs) in &self.results {
+        for (contender, runs) in &self.runs.of {
             let of = |figure: fn(&Run) -> f64| median(runs.iter().map(figure)).context("no runs");
             let least = runs.iter().map(|run| run.sent).fold(f64::INFINITY, f64::min);
             let most = runs.iter().map(|run| run.sent).fold(0.0, f64::max);
@@ -419,9 +220,7 @@ impl Report {
 
     /// v1 in the clear beside each socat, by the medians, and by the pairs of each round.
     fn verdict(&self) -> Vec<String> {
-        let runs = |contender| {
-            self.results.iter().find(|(found, _)| *found == contender).map(|(_, runs)| runs.as_slice())
-        };
+        let runs = |wanted| self.runs.by(|&contender| contender == wanted);
         let Some(ours) = runs(V1_PLAIN) else { return Vec::new() };
         let beside = |contender: Contender| {
             let theirs = runs(contender)?;
@@ -443,22 +242,10 @@ impl Report {
 
     fn document(&self, bench: &Bench, settings: &Settings, table: &str) -> Result<String> {
         let mut facts = vec![format!("day: {}", machine::today()?)];
-        facts.extend(machine::describe(&bench.kit, bench.cores)?);
+        facts.extend(machine::describe(&bench.stage.kit, bench.stage.cores)?);
         facts.push(format!("relay: socat {}", bench.socat.version()?));
-        let runs = self.results.iter().map(|(_, runs)| runs.len()).min().unwrap_or(0);
-        let all = || self.results.iter().flat_map(|(_, runs)| runs);
-        let others = median(all().map(|run| run.others)).unwrap_or_default();
-        let disturbed = all().filter(|run| run.disturbed).count();
-        let stolen = all().map(|run| run.used.stolen).fold(0.0, f64::max);
-        facts.push(format!(
-            "load average over one minute: {:.2} before, {:.2} after (the comparison's own work included)",
-            self.load.0, self.load.1
-        ));
-        facts.push(format!(
-            "noise: beside the contender and the QEMUs {others:.2} CPU s were used in the median run, mostly by the kernel; the \
-             host took {stolen:.2} s at the most; {} disturbed runs were made again, {disturbed} disturbed ones are in the table",
-            self.repeated
-        ));
+        facts.extend(self.runs.circumstances(self.load));
+        let runs = self.runs.of.iter().map(|(_, runs)| runs.len()).min().unwrap_or(0);
         let facts = facts.concat_lines("- ");
         let verdict = self.verdict().concat_lines("- ");
         Ok(format!(
@@ -485,32 +272,9 @@ impl Report {
     }
 }
 
-/// Lines of text out of their words.
-trait ConcatLines {
-    fn concat_lines(&self, mark: &str) -> String;
-}
-
-impl ConcatLines for Vec<String> {
-    fn concat_lines(&self, mark: &str) -> String {
-        self.iter().map(|line| format!("{mark}{line}\n")).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_order_turns_round_and_leaves_nobody_out() {
-        assert_eq!(order(3, 0), [0, 1, 2]);
-        assert_eq!(order(3, 1), [2, 1, 0]);
-        assert_eq!(order(3, 2), [1, 2, 0]);
-        for round in 0..8 {
-            let mut sorted = order(7, round);
-            sorted.sort_unstable();
-            assert_eq!(sorted, [0, 1, 2, 3, 4, 5, 6]);
-        }
-    }
 
     #[test]
     fn names_tell_the_contenders_apart() {
