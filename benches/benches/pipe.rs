@@ -112,7 +112,7 @@ impl ChunkSender {
                 segment.offset,
                 segment.bytes.len() as u32,
                 encoded.raw_len,
-                payload.into(),
+                payload,
             );
             let sealed = self.sealer.seal(&self.key, chunk);
             self.send(sealed).await;
@@ -122,7 +122,7 @@ impl ChunkSender {
     async fn send(&mut self, chunk: SealedChunk) {
         self.link.write_all(&Head::CHUNK.to_bytes()).await.unwrap();
         self.link.write_all(chunk.signed_header()).await.unwrap();
-        self.link.write_all(chunk.payload()).await.unwrap();
+        self.link.write_all(&chunk.payload()).await.unwrap();
     }
 }
 

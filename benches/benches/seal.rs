@@ -53,7 +53,7 @@ fn verify(c: &mut Criterion) {
         group.throughput(Throughput::Bytes(size as u64));
         group.bench_function(BenchmarkId::from_parameter(format!("{} KiB", size >> 10)), |b| {
             b.iter_batched(
-                || sealed.payload().clone(),
+                || sealed.payload(),
                 |payload| {
                     let header = verifier.header(sealed.signed_header()).unwrap();
                     black_box(header.payload(payload).unwrap())

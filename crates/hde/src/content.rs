@@ -136,6 +136,11 @@ impl<'a> Content<'a> {
         self.stream_len
     }
 
+    /// Whether there is no guest page in it.
+    pub(crate) fn is_opaque(&self) -> bool {
+        self.opaque.len() == self.stream_len
+    }
+
     /// The block names of this chunk; a run's `block` counts along them.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &'a [u8]> {
         let (table, names) = (self.table, self.names);

@@ -84,6 +84,20 @@ impl Decoder {
         self.open_parts(header.codec, chunk.payload(), header.raw_len as usize, header.stream_len as usize)
     }
 
+    /// The stretch of the VMM's stream of a chunk without references: a part of the chunk itself where it holds the stream as it is
+    /// (see [`verbatim`](crate::verbatim)), else a buffer of its own.
+    pub fn stream(&mut self, chunk: &VerifiedChunk) -> Result<Bytes, DecodeError> {
+        let content = self.open(chunk)?;
+        let payload = chunk.payload();
+        if chunk.header().codec == Codec::Raw && content.is_opaque() {
+            // Nothing comes behind the opaque content then.
+            return Ok(payload.slice(payload.len().saturating_sub(content.stream_len())..));
+        }
+        let mut out = Vec::new();
+        write(content, &mut out);
+        Ok(out.into())
+    }
+
     /// Appends the stretch of the VMM's stream of a chunk without references to `out`, exactly as many bytes as its
     /// header announces; nothing if it is refused.
     pub fn decode(&mut self, chunk: &VerifiedChunk, out: &mut Vec<u8>) -> Result<(), DecodeError> {

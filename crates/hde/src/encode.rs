@@ -2,9 +2,10 @@
 
 use std::ops::AddAssign;
 
-use dwcp_proto::{Codec, Segment, StreamOffset};
+use dwcp_proto::{Codec, Record, Segment, StreamOffset};
 
 use crate::codec::Compressor;
+use crate::format::{Header, OP_OPAQUE, write_varint};
 use crate::layout::Layout;
 use crate::memory::Memory;
 use crate::sample;
@@ -150,6 +151,29 @@ pub enum EncodeError {
         /// The record's place in the index.
         record: usize,
     },
+}
+
+/// What comes before a segment's bytes in a payload that holds them as they are, as one opaque record: nothing of them is copied
+/// or read, and nothing is at the receiver ([`Decoder::stream`](crate::Decoder::stream)). The segment's index goes into the stats only.
+pub fn verbatim(segment: &Segment) -> (Vec<u8>, Stats) {
+    let len = segment.bytes.len();
+    let mut table = vec![OP_OPAQUE];
+    write_varint(len as u64, &mut table);
+    let header = Header { table_len: table.len() as u32, opaque_len: len as u32, ..Header::default() };
+    let mut head = Vec::with_capacity(Header::MAX_LEN + table.len());
+    header.write(&mut head);
+    head.extend_from_slice(&table);
+
+    let mut stats =
+        Stats { stream_bytes: len as u64, payload_bytes: (head.len() + len) as u64, ..Stats::default() };
+    for record in &segment.records {
+        match record {
+            Record::Pages(run) => stats.pages += u64::from(run.count),
+            Record::Zeros(run) => stats.zero_pages += u64::from(run.count),
+            Record::Opaque { len } => stats.opaque_bytes += u64::from(*len),
+        }
+    }
+    (head, stats)
 }
 
 /// Encodes segments, one after the other; each worker has its own.

@@ -46,7 +46,7 @@ mod tests;
 
 pub use content::{Content, Item};
 pub use decode::{DecodeError, Decoder, Unpacked};
-pub use encode::{Choice, EncodeError, Encoded, Encoder, Fallback, Reading, Stats};
+pub use encode::{Choice, EncodeError, Encoded, Encoder, Fallback, Reading, Stats, verbatim};
 pub use format::{HDE_VERSION, TableError};
 pub use held::{Cache, CacheSize, Page, ReplayError, Sink, Span, StreamSink};
 pub use memory::{Holding, Layers, Memory};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use dwcp_link::{LinkError, Reader, Writer};
 use dwcp_proto::chunk::{SIGNED_HEADER_LEN, SealedChunk};
 use dwcp_proto::frame::{FrameError, HEAD_LEN, Head, PLAIN_PREAMBLE, Tag};
@@ -176,9 +176,10 @@ pub(crate) async fn read_preamble(reader: &mut Reader) -> Result<(), WireError> 
 
 /// Writes one chunk. Header and payload go in one vectored write where the connection can.
 pub(crate) async fn write_chunk(writer: &mut Writer, chunk: &SealedChunk) -> Result<(), WireError> {
-    let head = [&Head::CHUNK.to_bytes()[..], &chunk.signed_header()[..]].concat();
-    let mut parts = bytes::Buf::chain(Bytes::from(head), chunk.payload().clone());
-    while bytes::Buf::has_remaining(&parts) {
+    let signed = [&Head::CHUNK.to_bytes()[..], &chunk.signed_header()[..]].concat();
+    let [head, body] = chunk.parts();
+    let mut parts = Bytes::from(signed).chain(head.clone()).chain(body.clone());
+    while parts.has_remaining() {
         if writer.write_buf(&mut parts).await? == 0 {
             return Err(WireError::Closed);
         }

@@ -242,6 +242,56 @@ fn signed_message(session: &SessionId, header: &[u8; HEADER_LEN]) -> [u8; CONTEX
     message
 }
 
+/// A payload in two parts that travel one behind the other: what an encoder has written, and bytes that it did not have to copy.
+/// Either may be empty.
+#[derive(Debug, Clone, Default)]
+pub struct Payload {
+    head: Bytes,
+    body: Bytes,
+}
+
+impl Payload {
+    /// `body` behind `head`.
+    pub fn new(head: Bytes, body: Bytes) -> Self {
+        Payload { head, body }
+    }
+
+    /// Both parts, in order.
+    pub fn parts(&self) -> [&Bytes; 2] {
+        [&self.head, &self.body]
+    }
+
+    /// Bytes of both.
+    pub fn len(&self) -> usize {
+        self.head.len() + self.body.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        for part in self.parts() {
+            hasher.update(part);
+        }
+        *hasher.finalize().as_bytes()
+    }
+}
+
+impl From<Bytes> for Payload {
+    fn from(body: Bytes) -> Self {
+        Payload { head: Bytes::new(), body }
+    }
+}
+
+impl From<Vec<u8>> for Payload {
+    fn from(body: Vec<u8>) -> Self {
+        Bytes::from(body).into()
+    }
+}
+
 /// An encoded payload with its hash, before it has a place in the session.
 #[derive(Debug, Clone)]
 pub struct EncodedChunk {
@@ -251,7 +301,7 @@ pub struct EncodedChunk {
     offset: StreamOffset,
     stream_len: u32,
     raw_len: u32,
-    payload: Bytes,
+    payload: Payload,
     digest: [u8; 32],
 }
 
@@ -264,9 +314,10 @@ impl EncodedChunk {
         offset: StreamOffset,
         stream_len: u32,
         raw_len: u32,
-        payload: Bytes,
+        payload: impl Into<Payload>,
     ) -> Self {
-        let digest = *blake3::hash(&payload).as_bytes();
+        let payload = payload.into();
+        let digest = payload.digest();
         EncodedChunk { codec, lane, version, offset, stream_len, raw_len, payload, digest }
     }
 }
@@ -324,10 +375,10 @@ impl Sealer {
             digest: *blake3::hash(&[]).as_bytes(),
             prev: self.prev,
         };
-        self.finish(key, header, Bytes::new())
+        self.finish(key, header, Payload::default())
     }
 
-    fn finish(&mut self, key: &NodeKey, header: ChunkHeader, payload: Bytes) -> SealedChunk {
+    fn finish(&mut self, key: &NodeKey, header: ChunkHeader, payload: Payload) -> SealedChunk {
         let bytes = header.to_bytes();
         let signature = key.sign(&signed_message(&self.session, &bytes));
         self.next = header.seq.next();
@@ -345,7 +396,7 @@ impl Sealer {
 pub struct SealedChunk {
     header: ChunkHeader,
     signed: [u8; SIGNED_HEADER_LEN],
-    payload: Bytes,
+    payload: Payload,
 }
 
 impl SealedChunk {
@@ -359,9 +410,17 @@ impl SealedChunk {
         &self.signed
     }
 
-    /// The payload as it goes on the wire.
-    pub fn payload(&self) -> &Bytes {
-        &self.payload
+    /// The payload as it goes on the wire, part by part.
+    pub fn parts(&self) -> [&Bytes; 2] {
+        self.payload.parts()
+    }
+
+    /// The payload in one piece; copied if it has two parts.
+    pub fn payload(&self) -> Bytes {
+        match self.parts() {
+            [head, body] if head.is_empty() => body.clone(),
+            parts => parts.map(|part| &part[..]).concat().into(),
+        }
     }
 
     /// Bytes on the wire, without the frame around them.
@@ -467,10 +526,21 @@ mod tests {
     #[test]
     fn what_was_sealed_verifies() {
         let (verifier, sealed) = sealed();
-        let verified =
-            verifier.header(sealed.signed_header()).unwrap().payload(sealed.payload().clone()).unwrap();
+        let verified = verifier.header(sealed.signed_header()).unwrap().payload(sealed.payload()).unwrap();
         assert_eq!(verified.header(), sealed.header());
         assert_eq!(&verified.payload()[..], b"payload");
+    }
+
+    #[test]
+    fn a_payload_in_two_parts_is_the_same_chunk() {
+        let seal = |payload: Payload| {
+            let chunk =
+                EncodedChunk::new(Codec::Raw, Lane(0), PageVersion(1), StreamOffset(0), 7, 7, payload);
+            Sealer::new(SessionId([9; 32])).seal(&key(1), chunk)
+        };
+        let two = seal(Payload::new(Bytes::from_static(b"pay"), Bytes::from_static(b"load")));
+        assert_eq!(two.signed_header(), sealed().1.signed_header());
+        assert_eq!((two.payload(), two.wire_len()), (Bytes::from_static(b"payload"), sealed().1.wire_len()));
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub mod session;
 pub mod signed;
 pub mod units;
 
-pub use chunk::{ChunkHeader, Codec, EncodedChunk, SealedChunk, Sealer, VerifiedChunk, Verifier};
+pub use chunk::{ChunkHeader, Codec, EncodedChunk, Payload, SealedChunk, Sealer, VerifiedChunk, Verifier};
 pub use identity::{KeyError, NodeKey, PeerKey};
 pub use ids::*;
 pub use leg::Leg;

@@ -184,9 +184,11 @@ pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Re
         (Path::V3, None) => most.min(2),
     };
     let hde = source.hde.min(destination.hde);
-    let refers = path == Path::V3 && mode == Mode::Internet && hde >= REFERENCES;
-    let mapped = refers && !destination.mapped.is_empty();
-    if refers && !mapped && !destination.unmapped.is_empty() {
+    // Datacenter mode refers to nothing, and writes to RAM all the same.
+    let holds = path == Path::V3 && hde >= REFERENCES;
+    let mapped = holds && !destination.mapped.is_empty();
+    let caches = holds && !mapped && mode == Mode::Internet;
+    if holds && !mapped && !destination.unmapped.is_empty() {
         reasons.push(format!("sink stream instead of mapped: {}", destination.unmapped));
     }
     Ok(Choice {
@@ -200,7 +202,7 @@ pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Re
         reasons,
         guest_runs: false,
         mapped,
-        cache_pages: if refers && !mapped { destination.cache_pages } else { 0 },
+        cache_pages: if caches { destination.cache_pages } else { 0 },
         mode_reason: String::new(),
     })
 }
@@ -361,7 +363,8 @@ mod tests {
         let new = Offer { hde: 2, ..offer() };
         assert_eq!(choose(&new, &mapped, Mode::Internet), (true, 0, 0));
         assert_eq!(choose(&new, &cached, Mode::Internet), (false, 9, 1));
-        assert_eq!(choose(&new, &mapped, Mode::Datacenter), (false, 0, 0));
+        assert_eq!(choose(&new, &mapped, Mode::Datacenter), (true, 0, 0));
+        assert_eq!(choose(&new, &cached, Mode::Datacenter), (false, 0, 1));
         assert_eq!(choose(&offer(), &mapped, Mode::Internet), (false, 0, 0));
 
         let first = super::choose(&new, &mapped, Wish::default(), Mode::Internet).unwrap();

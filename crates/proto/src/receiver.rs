@@ -248,7 +248,7 @@ mod tests {
         let mut sealer = Sealer::new(SESSION);
         let mut sealed: Vec<_> = (0..chunks as u64)
             .map(|i| {
-                let payload = vec![i as u8; 10].into();
+                let payload = vec![i as u8; 10];
                 let (version, offset) = (PageVersion(i as u32 / 2), StreamOffset(10 * i));
                 sealer.seal(&key, EncodedChunk::new(Codec::Raw, Lane(0), version, offset, 10, 10, payload))
             })

@@ -84,7 +84,9 @@ impl Contender {
     fn all() -> Vec<Contender> {
         let mut all = vec![QEMU, Contender::Qemu { multifd: true }, V1, Contender::V1 { tls: true }];
         for tls in [false, true] {
-            all.extend([1, 2, 4].map(|streams| Contender::V3 { tls, mapped: MAPPED, streams }));
+            for mapped in [true, false] {
+                all.extend([1, 2, 4].map(|streams| Contender::V3 { tls, mapped, streams }));
+            }
         }
         all
     }
@@ -104,8 +106,6 @@ impl Contender {
     }
 }
 
-/// Datacenter mode gives all pages to the VMM's socket so far.
-const MAPPED: bool = false;
 const QEMU: Contender = Contender::Qemu { multifd: false };
 const V1: Contender = Contender::V1 { tls: false };
 
@@ -171,7 +171,7 @@ impl Bench {
         let mut stage = Stage::start(kit.clone(), spec, Some(cable.namespace(End::B)))?;
         stage.patience = Duration::from_secs(patience);
         let mut agents = Vec::new();
-        for (tls, mapped) in [(false, MAPPED), (true, MAPPED)] {
+        for (tls, mapped) in [(false, false), (false, true), (true, false), (true, true)] {
             let folder = stage.dir().join(format!("agents-{}", agents.len()));
             std::fs::create_dir(&folder)?;
             let config = |end: End| AgentConfig {

@@ -3,12 +3,12 @@
 use bytes::Bytes;
 use dwcp_proto::limits::{MAX_CHUNK_PAGES_BYTES, MAX_RAW_PAYLOAD, MAX_SEGMENT_RECORDS, PAGE_SIZE};
 use dwcp_proto::{
-    Codec, EncodedChunk, Lane, NodeKey, NodeName, PageIndex, PageVersion, RamBlockId, Record, SealedChunk,
-    Sealer, Segment, SessionId, StreamOffset, Verifier,
+    Codec, EncodedChunk, Lane, NodeKey, NodeName, PageIndex, PageVersion, Payload, RamBlockId, Record,
+    SealedChunk, Sealer, Segment, SessionId, StreamOffset, Verifier,
 };
 
 use crate::testing::SegmentBuilder;
-use crate::{Choice, Decoder, EncodeError, Encoded, Encoder, Fallback, Item};
+use crate::{Choice, Decoder, EncodeError, Encoded, Encoder, Fallback, Item, verbatim};
 
 const CHOICES: [Choice; 5] =
     [Choice::Raw, Choice::Lz4, Choice::Zstd(-1), Choice::Zstd(3), Choice::Sampled(1)];
@@ -87,18 +87,52 @@ fn a_chunk_goes_from_sealing_to_decoding() {
             segment.offset,
             stream_len,
             encoded.raw_len,
-            payload.into(),
+            payload,
         ),
     );
     let end = sealer.seal_end(&key);
     let verifier = Verifier::new(session, key.public());
     let verified = |chunk: SealedChunk| {
-        verifier.header(chunk.signed_header()).unwrap().payload(chunk.payload().clone()).unwrap()
+        verifier.header(chunk.signed_header()).unwrap().payload(chunk.payload()).unwrap()
     };
     let mut out = Vec::new();
     Decoder::new().decode(&verified(sealed), &mut out).unwrap();
     assert_eq!(out, segment.bytes);
     assert!(Decoder::new().decode(&verified(end), &mut out).is_err());
+}
+
+#[test]
+fn verbatim_the_stream_is_a_part_of_the_chunk() {
+    let segment = mixed().finish(77);
+    let (head, stats) = verbatim(&segment);
+    assert_eq!((stats.pages, stats.zero_pages, stats.opaque_bytes), (5, 4, 35));
+    let payload = Payload::new(head.into(), segment.bytes.clone());
+    assert_eq!(stats.payload_bytes, payload.len() as u64);
+    let key = NodeKey::from_seed(NodeName::new("hv-01").unwrap(), &[1; 32]);
+    let (raw, stream) = (payload.len() as u32, segment.bytes.len() as u32);
+    let chunk = EncodedChunk::new(Codec::Raw, Lane(0), segment.version, segment.offset, stream, raw, payload);
+    let sealed = Sealer::new(SessionId([9; 32])).seal(&key, chunk);
+    let signed = Verifier::new(SessionId([9; 32]), key.public()).header(sealed.signed_header()).unwrap();
+    let verified = signed.payload(sealed.payload()).unwrap();
+    let out = Decoder::new().stream(&verified).unwrap();
+    assert_eq!(out, segment.bytes);
+    assert_eq!(out.as_ptr_range().end, verified.payload().as_ptr_range().end);
+
+    // A chunk with pages comes back as well, in a buffer of its own.
+    let (encoded, payload) = encode(&segment, Choice::Raw);
+    let chunk = EncodedChunk::new(
+        encoded.codec,
+        Lane(0),
+        segment.version,
+        segment.offset,
+        stream,
+        encoded.raw_len,
+        payload,
+    );
+    let sealed = Sealer::new(SessionId([9; 32])).seal(&key, chunk);
+    let signed = Verifier::new(SessionId([9; 32]), key.public()).header(sealed.signed_header()).unwrap();
+    let verified = signed.payload(sealed.payload()).unwrap();
+    assert_eq!(Decoder::new().stream(&verified).unwrap(), segment.bytes);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use dwcp_hde::{DecodeError, Unpacked};
 use dwcp_link::Reader;
 use dwcp_proto::chunk::{ChunkError, Kind, SIGNED_HEADER_LEN};
@@ -50,9 +50,9 @@ enum Decoded {
 }
 
 /// What waits for its turn.
-enum Ready {
+pub(super) enum Ready {
     /// Bytes of the VMM's stream.
-    Stream(Vec<u8>),
+    Stream(Bytes),
     /// A chunk that may refer to what is held when its turn comes.
     Unpacked(Unpacked),
 }
@@ -75,7 +75,7 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
         held: Held::of(leg, &mut landing.ram)?,
         stuck: None,
     };
-    let refers = stage.held.is_some();
+    let refers = stage.held.as_ref().is_some_and(Held::refers);
     let verifier = Verifier::new(leg.id, incoming.session.peer.clone());
     let (events_tx, mut events) = mpsc::channel(16);
     let mut links = JoinSet::new();
@@ -218,7 +218,7 @@ impl Stage {
             };
             let stream_len = u64::from(header.stream_len);
             let bytes = match (self.ready.remove(&header.seq), self.held.take()) {
-                (Some(Ready::Unpacked(chunk)), Some(held)) => {
+                (Some(chunk), Some(held)) => {
                     let (held, replayed) = held.replay(chunk).await;
                     self.held = held;
                     match replayed? {
@@ -238,7 +238,7 @@ impl Stage {
                 }
                 (_, held) => {
                     self.held = held;
-                    Vec::new()
+                    Bytes::new()
                 }
             };
             counters.raw.add(stream_len);
@@ -359,14 +359,11 @@ impl Link {
             .share
             .run(move |worker| match header.payload(payload) {
                 Err(error) => Decoded::Altered(error),
-                Ok(chunk) if chunk.header().kind == Kind::End => Decoded::Ready(Ready::Stream(Vec::new())),
+                Ok(chunk) if chunk.header().kind == Kind::End => Decoded::Ready(Ready::Stream(Bytes::new())),
                 Ok(chunk) => {
                     let ready = match refers {
                         true => worker.decoder.unpack(&chunk).map(Ready::Unpacked),
-                        false => {
-                            let mut stream = Vec::new();
-                            worker.decoder.decode(&chunk, &mut stream).map(|()| Ready::Stream(stream))
-                        }
+                        false => worker.decoder.stream(&chunk).map(Ready::Stream),
                     };
                     ready.map_or_else(Decoded::Malformed, Decoded::Ready)
                 }

@@ -1,22 +1,27 @@
 //! Applying chunks that may refer to what is held here: in the guest's RAM, or in a cache of what went by.
 
-use dwcp_hde::{CacheSize, Page, ReplayError, Sink, Span, StreamSink, Unpacked};
-use dwcp_proto::{Leg, PageIndex};
-use dwcp_vmm::mapped::{MappedError, MappedSink, Pages, Ram};
+use bytes::Bytes;
+use dwcp_hde::{CacheSize, Page, ReplayError, Sink, Span, StreamSink};
+use dwcp_proto::{Leg, Mode, PageIndex};
+use dwcp_vmm::mapped::{MappedError, MappedSink, Pages, Ram, Splitter};
+use dwcp_vmm::stream::OpaqueReason;
 use tokio::task::spawn_blocking;
+use tracing::warn;
 
-use super::chunks::attack;
+use super::chunks::{Ready, attack};
 use crate::error::{Blame, Failure};
 
 /// What one leg's chunks may refer to.
 pub(crate) enum Held {
     Stream(StreamSink),
     Mapped(Box<Mapped>),
+    /// Nothing: chunks hold the VMM's stream as it is, whose pages are written to the guest's RAM.
+    Split(Box<Splitter>),
 }
 
 /// A chunk that was replayed: what of it goes to the VMM's socket.
 pub(crate) enum Replayed {
-    Bytes(Vec<u8>),
+    Bytes(Bytes),
     /// A page did not prove itself: what is held here is not what the source thinks. Nothing may go to the VMM.
     Unproved(PageIndex),
 }
@@ -29,33 +34,56 @@ impl Held {
                 let text = "the guest's RAM is to be written, and was not offered for this leg";
                 Failure::new("protocol", Blame::PeerMisbehaving, text, "compare both agents' versions")
             })?;
-            return Ok(Some(Held::Mapped(Box::new(Mapped(MappedSink::new(ram))))));
+            return Ok(Some(match leg.mode {
+                Mode::Internet => Held::Mapped(Box::new(Mapped(MappedSink::new(ram)))),
+                Mode::Datacenter => Held::Split(Box::new(Splitter::new(ram))),
+            }));
         }
         let cache = CacheSize::new(leg.choice.cache_pages);
         Ok(cache.map(|size| Held::Stream(StreamSink::new(Some(size)))))
     }
 
+    /// Whether chunks may refer to what is held.
+    pub(crate) fn refers(&self) -> bool {
+        !matches!(self, Held::Split(_))
+    }
+
     /// Applies a chunk, off the network's threads.
-    pub(crate) async fn replay(mut self, chunk: Unpacked) -> (Option<Self>, Result<Replayed, Failure>) {
+    pub(crate) async fn replay(mut self, chunk: Ready) -> (Option<Self>, Result<Replayed, Failure>) {
         let work = spawn_blocking(move || {
-            let replayed = match &mut self {
-                Held::Stream(sink) => {
+            let replayed = match (&mut self, chunk) {
+                (Held::Stream(sink), Ready::Unpacked(chunk)) => {
                     let done = chunk.content().replay(sink);
                     outcome(std::mem::take(&mut sink.out), done, |never| match never {})
                 }
-                Held::Mapped(sink) => {
+                (Held::Mapped(sink), Ready::Unpacked(chunk)) => {
                     let done = chunk.content().replay(&mut **sink);
                     outcome(sink.0.take(), done, unwritten)
                 }
+                (Held::Split(splitter), Ready::Stream(stream)) => split(splitter, &stream),
+                // The end of the stream.
+                (_, Ready::Stream(stream)) => Ok(Replayed::Bytes(stream)),
+                // Chunks are unpacked only where they may refer to something.
+                (Held::Split(_), Ready::Unpacked(_)) => Err(failed()),
             };
             (Some(self), replayed)
         });
-        work.await.unwrap_or_else(|_| {
-            let failure =
-                Failure::new("apply", Blame::Local, "applying a chunk failed", "please report this");
-            (None, Err(failure))
-        })
+        work.await.unwrap_or_else(|_| (None, Err(failed())))
     }
+}
+
+fn failed() -> Failure {
+    Failure::new("apply", Blame::Local, "applying a chunk failed", "please report this")
+}
+
+fn split(splitter: &mut Splitter, stream: &[u8]) -> Result<Replayed, Failure> {
+    let understood = splitter.opaque_reason().is_none();
+    splitter.apply(stream).map_err(unwritten)?;
+    // The source has the same words for its status.
+    if let Some(reason) = splitter.opaque_reason().filter(|r| understood && *r != OpaqueReason::DeviceState) {
+        warn!(%reason, "the rest of the VMM's stream goes to its socket, pages included");
+    }
+    Ok(Replayed::Bytes(splitter.take().into()))
 }
 
 fn outcome<E: std::error::Error>(
@@ -64,7 +92,7 @@ fn outcome<E: std::error::Error>(
     failed: impl FnOnce(E) -> Failure,
 ) -> Result<Replayed, Failure> {
     match done {
-        Ok(()) => Ok(Replayed::Bytes(bytes)),
+        Ok(()) => Ok(Replayed::Bytes(bytes.into())),
         Err(ReplayError::Proof { index }) => Ok(Replayed::Unproved(index)),
         Err(ReplayError::Unheld { index }) => {
             Err(attack("ref_unheld", &ReplayError::<std::convert::Infallible>::Unheld { index }))

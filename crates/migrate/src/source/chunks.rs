@@ -10,14 +10,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use dwcp_hde::{CacheSize, Choice as Compression, EncodeError, Holding, Memory, Stats};
+use dwcp_hde::{CacheSize, Choice as Compression, EncodeError, Holding, Memory, Stats, verbatim};
 use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Purpose};
 use dwcp_proto::mode::Link;
 use dwcp_proto::pace::Pace;
 use dwcp_proto::sender::{LINK_QUEUE, Sender, SenderError};
-use dwcp_proto::{EncodedChunk, Lane, Leg, LinkId, Mode, SealedChunk, Sealer, Segment, Seq, StreamOffset};
+use dwcp_proto::{
+    Codec, EncodedChunk, Lane, Leg, LinkId, Mode, Payload, SealedChunk, Sealer, Segment, Seq, StreamOffset,
+};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 use tokio::io::AsyncReadExt;
@@ -126,16 +128,19 @@ fn ended() -> Failure {
     Failure::new("ended", Blame::Local, "the migration has ended", "")
 }
 
-/// What v3 does to a chunk, by mode.
-fn compression(mode: Mode) -> Compression {
+/// What v3 does to a chunk, by mode; `None` leaves it as it is.
+fn compression(mode: Mode) -> Option<Compression> {
     match mode {
-        Mode::Internet => Compression::INTERNET,
-        Mode::Datacenter => Compression::Raw,
+        Mode::Internet => Some(Compression::INTERNET),
+        Mode::Datacenter => None,
     }
 }
 
 /// What the destination holds on this leg, as far as chunks may refer to it.
 fn memory(out: &Outgoing, leg: &Leg) -> Result<Option<Memory>, Failure> {
+    if leg.mode == Mode::Datacenter {
+        return Ok(None);
+    }
     let holding = if leg.choice.mapped {
         let mapped = &out.session.offers.destination.mapped;
         Holding::Blocks(mapped.iter().map(|name| name.as_slice().into()).collect())
@@ -181,7 +186,7 @@ impl Baton {
 async fn encode(
     out: Outgoing,
     segment: Segment,
-    compression: Compression,
+    compression: Option<Compression>,
     turn: Option<Turn>,
 ) -> Result<EncodedChunk, String> {
     const FAILED: &str = "a codec thread failed";
@@ -199,9 +204,15 @@ async fn encode(
 fn encode_now(
     worker: &mut Worker,
     segment: &Segment,
-    compression: Compression,
+    compression: Option<Compression>,
     turn: Option<(Memory, oneshot::Sender<Memory>, bool)>,
 ) -> Result<(EncodedChunk, Stats), EncodeError> {
+    let Some(compression) = compression else {
+        let (head, stats) = verbatim(segment);
+        let payload = Payload::new(head.into(), segment.bytes.clone());
+        let raw_len = payload.len() as u32;
+        return Ok((chunk(segment, Codec::Raw, raw_len, payload), stats));
+    };
     let mut payload = Vec::new();
     let (mut memory, next, mapped) = match turn {
         Some((memory, next, mapped)) => (Some(memory), Some(next), mapped),
@@ -223,16 +234,12 @@ fn encode_now(
         let _ = next.send(memory);
     }
     let done = reading.write(compression, &mut payload);
-    let chunk = EncodedChunk::new(
-        done.codec,
-        Lane(0),
-        segment.version,
-        segment.offset,
-        segment.bytes.len() as u32,
-        done.raw_len,
-        payload.into(),
-    );
-    Ok((chunk, done.stats))
+    Ok((chunk(segment, done.codec, done.raw_len, payload), done.stats))
+}
+
+fn chunk(segment: &Segment, codec: Codec, raw_len: u32, payload: impl Into<Payload>) -> EncodedChunk {
+    let stream_len = segment.bytes.len() as u32;
+    EncodedChunk::new(codec, Lane(0), segment.version, segment.offset, stream_len, raw_len, payload)
 }
 
 /// The state between encoder and connections.

@@ -29,10 +29,12 @@
 
 mod find;
 mod ram;
+mod split;
 
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::io;
 
@@ -42,6 +44,7 @@ use dwcp_proto::record::{FLAG_CONTINUE, FLAG_PAGE, FLAG_ZERO};
 
 pub use find::Unmapped;
 pub use ram::Ram;
+pub use split::Splitter;
 
 /// A page of guest memory.
 pub type Page = [u8; PAGE_SIZE];
@@ -113,20 +116,34 @@ impl MappedSink {
 
     /// Full-page records with their content, as many as `at` counts.
     pub fn pages(&mut self, at: Pages<'_>, pages: &[Page]) -> Result<(), MappedError> {
+        self.content(at, pages, Ram::write)
+    }
+
+    /// The same for pages that do not lie beside each other.
+    pub fn scattered(&mut self, at: Pages<'_>, pages: &[&Page]) -> Result<(), MappedError> {
+        self.content(at, pages, Ram::write_scattered)
+    }
+
+    fn content<P: Borrow<Page>>(
+        &mut self,
+        at: Pages<'_>,
+        pages: &[P],
+        write: impl Fn(&Ram, &[u8], PageIndex, &[P]) -> Result<(), MappedError>,
+    ) -> Result<(), MappedError> {
         if !self.ram.has(at.block) {
-            at.each().zip(pages).for_each(|(at, page)| write_page(&mut self.out, at, page));
+            at.each().zip(pages).for_each(|(at, page)| write_page(&mut self.out, at, page.borrow()));
             return Ok(());
         }
         self.ram.check(at.block, at.first, at.count)?;
         self.name(at);
         let Some(marker) = self.marker_within(at) else {
-            return self.ram.write(at.block, at.first, pages);
+            return write(&self.ram, at.block, at.first, pages);
         };
         let (before, rest) = pages.split_at(pages.len().min(marker as usize));
-        self.ram.write(at.block, at.first, before)?;
+        write(&self.ram, at.block, at.first, before)?;
         if let Some((page, after)) = rest.split_first() {
-            self.mark(at.nth(marker), page);
-            self.ram.write(at.block, at.nth(marker + 1).first, after)?;
+            self.mark(at.nth(marker), page.borrow());
+            write(&self.ram, at.block, at.nth(marker + 1).first, after)?;
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt;
 
 use dwcp_proto::PageIndex;
@@ -14,6 +14,8 @@ use crate::qmp::Qemu;
 
 /// Pages that are looked at together for whether they are zero already.
 const STRIDE: usize = 16;
+/// Parts of one vectored write: the kernel's IOV_MAX.
+const MAX_PARTS: usize = 1024;
 
 /// The RAM blocks that lie in shared files, by name.
 #[derive(Debug)]
@@ -71,6 +73,33 @@ impl Ram {
 
     pub(super) fn write(&self, block: &[u8], first: PageIndex, pages: &[Page]) -> Result<(), MappedError> {
         self.at(block, first, pages.len(), |file, at| file.write_all_at(pages.as_flattened(), at))
+    }
+
+    /// The same for pages that do not lie beside each other, in as few calls as the kernel allows.
+    pub(super) fn write_scattered(
+        &self,
+        block: &[u8],
+        first: PageIndex,
+        pages: &[&Page],
+    ) -> Result<(), MappedError> {
+        self.at(block, first, pages.len(), |file, mut at| {
+            for pages in pages.chunks(MAX_PARTS) {
+                let mut parts: Vec<IoSlice<'_>> = pages.iter().map(|page| IoSlice::new(*page)).collect();
+                let mut rest = &mut parts[..];
+                while !rest.is_empty() {
+                    match rustix::io::pwritev(file, rest, at) {
+                        Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                        Ok(written) => {
+                            at += written as u64;
+                            IoSlice::advance_slices(&mut rest, written);
+                        }
+                        Err(rustix::io::Errno::INTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Bytes of each block, by name.

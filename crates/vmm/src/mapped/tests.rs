@@ -36,9 +36,13 @@ impl Vmm {
         Vmm { files, rom: BTreeMap::new(), cutter: Cutter::new(64 << 10) }
     }
 
-    fn sink(&self) -> MappedSink {
+    fn ram(&self) -> Ram {
         let files = self.files.iter().map(|file| file.try_clone().unwrap());
-        MappedSink::new(Ram::in_files(BLOCKS.into_iter().zip(files)).unwrap())
+        Ram::in_files(BLOCKS.into_iter().zip(files)).unwrap()
+    }
+
+    fn sink(&self) -> MappedSink {
+        MappedSink::new(self.ram())
     }
 
     /// Loads what it reads, as QEMU does: into RAM.
@@ -136,18 +140,23 @@ proptest! {
         eager in any::<bool>(),
         stale in any::<bool>(),
         switch in any::<prop::sample::Index>(),
+        split in any::<bool>(),
     ) {
         let bytes = stream(&pages);
         let mut plain = Vmm::new(stale);
         plain.read(&bytes);
         let segments = segments(&bytes);
         let mut vmm = Vmm::new(stale);
-        let mut sink = vmm.sink();
+        // Either the records of a segment, or its bytes.
+        let (mut sink, mut splitter) = (vmm.sink(), Splitter::new(vmm.ram()));
         // From some segment on the original bytes follow, as when path v1 takes over.
         let switch = switch.index(segments.len() + 1);
         let mut unread = Vec::new();
         for (n, segment) in segments.iter().enumerate() {
-            if n < switch {
+            if n < switch && split {
+                splitter.apply(&segment.bytes).unwrap();
+                unread.extend(splitter.take());
+            } else if n < switch {
                 deliver(&mut sink, segment);
                 unread.extend(sink.take());
             } else {
@@ -196,6 +205,35 @@ fn runs_are_written_around_the_marker() {
     let file = vmm.memory().0.remove(0);
     let fills: Vec<u8> = file.chunks(PAGE_SIZE).map(|page| page[0]).collect();
     assert_eq!(fills, [2, 0, 0xee, 0, 0, 0]);
+}
+
+#[test]
+fn pages_of_a_stream_that_is_split_do_not_go_by_the_vmm() {
+    let bytes = stream(&[(0, 0, 4), (0, 1, 1), (0, 2, 2), (0, 3, 3)]);
+    let vmm = Vmm::new(true);
+    let mut splitter = Splitter::new(vmm.ram());
+    splitter.apply(&bytes).unwrap();
+    assert_eq!(splitter.opaque_reason(), Some(OpaqueReason::DeviceState));
+    // All but the marker, which is the first page.
+    assert_eq!(splitter.take().len(), bytes.len() - 3 * (8 + PAGE_SIZE));
+    let file = vmm.memory().0.remove(0);
+    let fills: Vec<u8> = file.chunks(PAGE_SIZE).map(|page| page[0]).collect();
+    assert_eq!(fills, [0xee, 1, 2, 3, 0xee, 0xee]);
+}
+
+#[test]
+fn what_is_cut_off_within_an_item_goes_to_the_vmm_with_all_that_follows() {
+    let bytes = stream(&[(0, 0, 1), (0, 1, 2), (0, 2, 3)]);
+    let vmm = Vmm::new(true);
+    let mut splitter = Splitter::new(vmm.ram());
+    let (one, other) = bytes.split_at(bytes.len() - 9000);
+    splitter.apply(one).unwrap();
+    splitter.apply(other).unwrap();
+    assert_eq!(splitter.opaque_reason(), Some(OpaqueReason::Truncated));
+    let (mut vmm, mut plain) = (vmm, Vmm::new(true));
+    vmm.read(&splitter.take());
+    plain.read(&bytes);
+    assert!(vmm.memory() == plain.memory());
 }
 
 #[test]

@@ -17,8 +17,10 @@ mod serialise;
 mod slab;
 #[cfg(test)]
 mod tests;
+mod walk;
 
 pub use cutter::Cutter;
 pub use layout::{Layout, StreamBlock};
 pub use parse::OpaqueReason;
 pub use serialise::{Piece, SerialiseError, content, pieces, serialise};
+pub use walk::{Part, Walker};

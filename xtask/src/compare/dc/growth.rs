@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use dwcp_tests::Kit;
 
 use super::report::mebibytes;
-use super::{BESIDE_MIB, Bench, Contender, GuestState, MAPPED, Settings, document};
+use super::{BESIDE_MIB, Bench, Contender, GuestState, Settings, document};
 use crate::compare::machine;
 use crate::compare::stage::{Run, Runs};
 use crate::compare::table::{ConcatLines, Table, median};
@@ -65,7 +65,7 @@ pub(super) fn measure(kit: &Kit, settings: &Settings) -> Result<()> {
 }
 
 fn v3(tls: bool, streams: u32) -> Contender {
-    Contender::V3 { tls, mapped: MAPPED, streams }
+    Contender::V3 { tls, mapped: true, streams }
 }
 
 fn table<'a>(rows: impl Iterator<Item = (String, &'a [Run])>) -> Result<Table> {

@@ -140,7 +140,7 @@ pub(crate) struct Signed {
 
 impl From<SealedChunk> for Signed {
     fn from(sealed: SealedChunk) -> Self {
-        let payload = sealed.payload().clone();
+        let payload = sealed.payload();
         Signed { sealed, payload }
     }
 }
@@ -160,7 +160,6 @@ impl Seal for Real {
         let len = 8 + c.word % 256;
         let payload: Vec<u8> = c.word.to_le_bytes().into_iter().cycle().take(len as usize).collect();
         let raw = c.raw_len.max(payload.len() as u32);
-        let payload = payload.into();
         let chunk = EncodedChunk::new(Codec::Zstd, Lane(0), c.version, c.offset, c.stream_len, raw, payload);
         self.sealer.seal(&self.key, chunk).into()
     }
