@@ -3,6 +3,7 @@
 //! The guest is carried by one contender after the other: see [`Stage`]. Once it stands paused, once it runs idle.
 
 mod growth;
+mod latency;
 mod report;
 
 use std::path::PathBuf;
@@ -15,7 +16,8 @@ use dwcp_tests::{
 };
 use serde_json::{Value, json};
 
-use self::report::Report;
+use self::latency::Latency;
+use self::report::{Report, Section};
 use super::machine;
 use super::stage::{PATIENCE, Run, Runs, Stage};
 use crate::setup::setup;
@@ -129,7 +131,8 @@ pub(crate) fn compare(settings: &Settings) -> Result<()> {
     for state in [GuestState::Paused, GuestState::Idle] {
         if settings.guest.is_none_or(|guest| guest == state) {
             println!("the guest is {}", state.name());
-            sections.push((state, bench.measure(contenders.clone(), settings.runs, state)?));
+            let runs = bench.measure(contenders.clone(), settings.runs, state)?;
+            sections.push(Section { state, runs, latencies: std::mem::take(&mut bench.latencies) });
         }
     }
     let report = Report { sections, load: (before, machine::load()?) };
@@ -143,6 +146,8 @@ pub(crate) fn compare(settings: &Settings) -> Result<()> {
 /// The guest, and all that may carry it.
 struct Bench {
     agents: Vec<Pair>,
+    /// Of all chunks of each contender, in the guest's present state.
+    latencies: Vec<(Contender, Latency)>,
     stage: Stage,
     // Last: what is in the namespaces goes first.
     _cable: Cable,
@@ -185,7 +190,7 @@ impl Bench {
             let (a, b) = Agent::pair(&folder, config(End::A), config(End::B))?;
             agents.push(Pair { tls, mapped, a, b });
         }
-        Ok(Bench { agents, stage, _cable: cable })
+        Ok(Bench { agents, latencies: Vec::new(), stage, _cable: cable })
     }
 
     fn measure(
@@ -199,7 +204,7 @@ impl Bench {
 
     /// One move to a fresh destination. With `compare` both memories are compared afterwards.
     fn run(&mut self, contender: Contender, state: GuestState, compare: bool) -> Result<Run> {
-        let Bench { agents, stage, .. } = self;
+        let Bench { agents, latencies, stage, .. } = self;
         let pair = |tls: bool, mapped: bool| {
             let pair = agents.iter().find(|pair| (pair.tls, pair.mapped) == (tls, mapped));
             pair.map(|pair| (&pair.a, &pair.b)).context("no such agents")
@@ -216,7 +221,15 @@ impl Bench {
                 let arguments = ["--path", "v3", "--mode", "datacenter", "--streams", streams.as_str()];
                 let sink = if mapped { "mapped" } else { "stream" };
                 let expected = json!({ "path": "v3", "encryption": encryption(tls), "sink": sink });
-                stage.by_agents(pair(tls, mapped)?, destination, &arguments, |result| is(result, &expected))
+                let (a, b) = pair(tls, mapped)?;
+                let before = Latency::of(a)?;
+                let run = stage.by_agents((a, b), destination, &arguments, |result| is(result, &expected))?;
+                let latency = Latency::of(a)?.since(&before);
+                match latencies.iter_mut().find(|(of, _)| *of == contender) {
+                    Some((_, all)) => all.add(&latency),
+                    None => latencies.push((contender, latency)),
+                }
+                Ok(run)
             }
         };
         let running = state == GuestState::Idle;

@@ -4,6 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
+use super::latency::Latency;
 use super::{BESIDE_MIB, Contender, GuestState, QEMU, V1, document};
 use crate::compare::machine;
 use crate::compare::stage::{Run, Runs, Stage};
@@ -19,15 +20,24 @@ const OF_PLAIN: f64 = 0.7;
 
 /// All that was measured.
 pub(super) struct Report {
-    pub(super) sections: Vec<(GuestState, Runs<Contender>)>,
+    pub(super) sections: Vec<Section>,
     /// Before and after.
     pub(super) load: (f64, f64),
 }
 
+/// What was measured in one state of the guest.
+pub(super) struct Section {
+    pub(super) state: GuestState,
+    pub(super) runs: Runs<Contender>,
+    /// Of all chunks, those of the warming up included.
+    pub(super) latencies: Vec<(Contender, Latency)>,
+}
+
 impl Report {
     pub(super) fn print(&self) -> Result<()> {
-        for (state, runs) in &self.sections {
-            println!("\nguest {}:\n{}", state.name(), table(runs)?);
+        for section in &self.sections {
+            let Section { state, runs, .. } = section;
+            println!("\nguest {}:\n{}", state.name(), table(section)?);
             verdict(runs).iter().for_each(|line| println!("{line}"));
         }
         Ok(())
@@ -48,7 +58,8 @@ impl Report {
              ## The machine\n\n- day: {}\n{facts}",
             machine::today()?,
         );
-        for (state, runs) in &self.sections {
+        for section in &self.sections {
+            let Section { state, runs, .. } = section;
             let count = runs.of.iter().map(|(_, runs)| runs.len()).min().unwrap_or(0);
             let circumstances = runs.circumstances(self.load).concat_lines("- ");
             text += &format!(
@@ -59,7 +70,7 @@ impl Report {
                     GuestState::Paused => ", in which both memories were compared byte for byte",
                     GuestState::Idle => "",
                 },
-                table(runs)?,
+                table(section)?,
                 verdict(runs).concat_lines("- "),
             );
         }
@@ -69,14 +80,16 @@ impl Report {
                  - *CPU s/GB*: *processes* are both agents and both QEMUs; *machine* is all that was busy, the kernel and `dwcpctl` \
                  included, from before the first command to after the last.\n\
                  - *agents, MiB*: the most anonymous memory of the source's and of the destination's agent, over all the runs that \
-                 the process has seen so far.\n";
+                 the process has seen so far.\n\
+                 - *chunks*: from a chunk's first sending to its acknowledgement, which follows its application; by the source agent's \
+                 histogram, interpolated within its buckets.\n";
         fs::write(&path, text + &notes).context("write docs/compare-dc.md")?;
         println!("written to docs/compare-dc.md");
         Ok(())
     }
 }
 
-fn table(runs: &Runs<Contender>) -> Result<Table> {
+fn table(Section { runs, latencies, .. }: &Section) -> Result<Table> {
     let head = [
         "median of the runs",
         "seconds",
@@ -86,9 +99,11 @@ fn table(runs: &Runs<Contender>) -> Result<Table> {
         "CPU s/GB, processes",
         "CPU s/GB, machine",
         "agents, MiB",
+        "chunks p50 / p95 / p99, ms",
     ];
     let mut table = Table::new(&head);
     for (contender, runs) in &runs.of {
+        let latency = latencies.iter().find(|(of, _)| of == contender);
         let of = |figure: fn(&Run) -> f64| median(runs.iter().map(figure)).context("no runs");
         let least = runs.iter().map(|run| run.sent).fold(f64::INFINITY, f64::min);
         let most = runs.iter().map(|run| run.sent).fold(0.0, f64::max);
@@ -101,6 +116,7 @@ fn table(runs: &Runs<Contender>) -> Result<Table> {
             format!("{:.2}", of(|run| (run.used.movers + run.used.vmms) / run.bytes * 1e9)?),
             format!("{:.2}", of(|run| run.used.machine / run.bytes * 1e9)?),
             mebibytes(runs),
+            latency.map(|(_, latency)| latency.words()).unwrap_or_default(),
         ]);
     }
     Ok(table)
