@@ -113,9 +113,17 @@ pub(crate) async fn hand_over(qemu: &Qemu, end: OwnedFd) -> Result<(), OpenError
     Ok(used(qemu, begun).await?)
 }
 
+/// What is asked for as send buffer of a connection: what systems grant by default, of which the kernel makes twice as much. The
+/// time that it adds to a downtime is the VMM's and the agent's for so many bytes, some tenths of a millisecond.
+const BUFFER: usize = 208 << 10;
+
 /// Both ends of a connection: ours, and the VMM's.
 fn pair() -> Result<(UnixStream, std::os::unix::net::UnixStream), OpenError> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(OpenError::Pair)?;
+    for end in [&ours, &theirs] {
+        // A wish only: without it whoever writes waits for the reader more often.
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(end, BUFFER);
+    }
     ours.set_nonblocking(true).map_err(OpenError::Pair)?;
     let ours = UnixStream::from_std(ours).map_err(OpenError::Pair)?;
     Ok((ours, theirs))

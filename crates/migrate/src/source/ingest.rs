@@ -47,15 +47,17 @@ pub(crate) async fn ingest(
             warn!(%reason, offset = %cutter.offset(), "the rest of the VMM's stream is carried as opaque bytes");
             report.fallback(format!("opaque bytes instead of pages: {reason}"));
         }
-        if timeout(PAUSE, stream.readable()).await.is_err() {
-            cutter.flush();
-            forward(&mut cutter, &segments, &counters).await?;
-            stream.readable().await?;
-        }
         match stream.try_read(cutter.buffer()) {
             Ok(0) => break,
             Ok(read) => cutter.filled(read),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if timeout(PAUSE, stream.readable()).await.is_err() {
+                    cutter.flush();
+                    forward(&mut cutter, &segments, &counters).await?;
+                    stream.readable().await?;
+                }
+                continue;
+            }
             Err(error) => return Err(error),
         }
         forward(&mut cutter, &segments, &counters).await?;
