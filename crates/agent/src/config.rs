@@ -289,6 +289,8 @@ pub(crate) struct Limits {
     pub(crate) cpu_pressure: Option<Count<100>>,
     /// Bytes a second on the wire that one migration may take; a request can lower it, not raise it.
     pub(crate) bandwidth: Option<Rate>,
+    /// Bytes a second on the wire that all migrations from this node may take together, in fair shares.
+    pub(crate) node_bandwidth: Option<Rate>,
 }
 
 impl Default for Limits {
@@ -301,6 +303,7 @@ impl Default for Limits {
             agent_memory: None,
             cpu_pressure: None,
             bandwidth: None,
+            node_bandwidth: None,
         }
     }
 }

@@ -202,6 +202,7 @@ fn limits(config: &Config) -> Limits {
         migrations: config.limits.migrations.0,
         memory: config.limits.agent_memory.map(|memory| memory.0),
         cpu_pressure: config.limits.cpu_pressure.map(|percent| percent.0 as u8),
+        bandwidth: config.limits.node_bandwidth.map(|rate| rate.0.get()),
     }
 }
 

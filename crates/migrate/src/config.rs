@@ -112,6 +112,8 @@ pub struct Limits {
     /// Percent of ten seconds in which some task of this node waited for a processor: from there on running migrations change to v1. `None`
     /// is no limit.
     pub cpu_pressure: Option<u8>,
+    /// Bytes a second that all migrations from this node may write to the network together; they share it fairly. `None` is no limit.
+    pub bandwidth: Option<u64>,
 }
 
 /// How internet mode saves bytes beside compression: which layers this node uses as a source, and what it offers as a destination.

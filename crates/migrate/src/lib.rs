@@ -21,6 +21,7 @@ pub mod engine;
 pub mod error;
 mod estimate;
 mod explain;
+mod fair;
 mod fault;
 mod guest;
 mod handshake;
@@ -41,6 +42,7 @@ mod shared;
 mod source;
 pub mod spec;
 pub mod status;
+mod throttle;
 mod wire;
 
 pub use config::{

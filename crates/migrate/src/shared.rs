@@ -24,6 +24,7 @@ use crate::reins::{Held, Reins, reins};
 use crate::report::Report;
 use crate::spec::{IncomingSpec, MigrateSpec};
 use crate::status::Phase;
+use crate::throttle::NodeBandwidth;
 
 /// Ended migrations that `list` and `get` still know; the oldest are forgotten first.
 const MAX_ENDED: usize = 256;
@@ -35,6 +36,8 @@ pub(crate) struct Shared {
     pub(crate) config: EngineConfig,
     pub(crate) identity: Identity,
     pub(crate) pool: Pool,
+    /// What may leave this node.
+    pub(crate) bandwidth: Arc<NodeBandwidth>,
     pub(crate) metrics: Metrics,
     /// How long a small synced write to the state folder takes.
     pub(crate) write_time: Duration,
@@ -82,7 +85,9 @@ impl Shared {
         data_addr: SocketAddr,
     ) -> Self {
         let (metrics, probes) = (Metrics::new(), Semaphore::new(MAX_PROBES));
-        Shared { config, identity, pool, metrics, write_time, data_addr, probes, registry: Mutex::default() }
+        let bandwidth = NodeBandwidth::new(config.limits.bandwidth);
+        let registry = Mutex::default();
+        Shared { config, identity, pool, bandwidth, metrics, write_time, data_addr, probes, registry }
     }
 
     pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {

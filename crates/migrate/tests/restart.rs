@@ -62,6 +62,7 @@ impl Agent {
                 migrations: 4,
                 memory: None,
                 cpu_pressure: None,
+                bandwidth: None,
             },
             hde: Hde::default(),
             bounds: Bounds::default(),

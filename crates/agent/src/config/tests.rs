@@ -34,6 +34,7 @@ memory = "64MiB"
 agent_memory = "512MiB"
 cpu_pressure = 80
 bandwidth = "200Mbit"
+node_bandwidth = "800Mbit"
 
 [link]
 datacenter_rtt = "2ms"
@@ -82,6 +83,7 @@ fn every_key_is_read() {
     assert_eq!(config.link.congestion, Congestion::System);
     assert_eq!(config.link.datacenter_rtt, Trip(Duration::from_millis(2)));
     assert_eq!(config.link.datacenter_rate.0.get(), 1_250_000_000);
+    assert_eq!(config.limits.node_bandwidth, NonZeroU64::new(100_000_000).map(Rate));
     assert_eq!((config.limits.cpus(), config.limits.workers()), (4, 3));
     assert_eq!(config.vmm.paths.len(), 2);
     assert_eq!(config.flags.return_after, Wait(Duration::from_secs(90)));
@@ -205,10 +207,11 @@ fn what_the_packaged_file_comments_out_is_the_default() {
     let mut all = parse(&uncommented).unwrap();
     assert!(all.limits.cpus.is_some() && all.limits.workers.is_some() && all.limits.bandwidth.is_some());
     assert!(all.limits.agent_memory.is_some() && all.limits.cpu_pressure.is_some());
+    assert!(all.limits.node_bandwidth.is_some());
     assert!(all.flags.server_key.is_some() && all.flags.token_file.is_some() && !all.labels.0.is_empty());
     // These have examples, since their default is no value.
     (all.limits.cpus, all.limits.workers, all.limits.bandwidth) = (None, None, None);
-    (all.limits.agent_memory, all.limits.cpu_pressure) = (None, None);
+    (all.limits.agent_memory, all.limits.cpu_pressure, all.limits.node_bandwidth) = (None, None, None);
     (all.flags.server_key, all.flags.token_file, all.labels) = (None, None, Labels::default());
     assert_eq!(all, parse(PACKAGED).unwrap());
 

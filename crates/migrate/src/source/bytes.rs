@@ -247,7 +247,7 @@ impl Ring {
             }
             let unwritten = reel.bytes_from(self.written);
             let has_room = length.is_none() && self.has_room(reel);
-            let wait = self.out.bucket().wait(self.now());
+            let wait = self.out.throttle.wait();
             tokio::select! {
                 change = helm.turn(), if length.is_none() => {
                     gauge.cut();
@@ -266,7 +266,7 @@ impl Ring {
                         self.written += bytes as u64;
                         let now = self.now();
                         self.pace.sent(now);
-                        self.out.bucket().spend(bytes as u64, now);
+                        self.out.throttle.spend(bytes as u64);
                         self.out.counters.wire.add(bytes as u64);
                     }
                     Err(error) => return Ok(Ended::Connection(error.into())),

@@ -337,14 +337,14 @@ impl Stage {
     fn pump(&mut self) -> Option<Duration> {
         loop {
             let now = self.now();
-            let wait = self.out.bucket().wait(now);
+            let wait = self.out.throttle.wait();
             if !wait.is_zero() {
                 return Some(wait);
             }
             let (link, seq) = self.sender.poll_transmit(now)?;
             let chunk = self.kept.get((seq.0 - self.base.0) as usize).cloned();
             let (Some(chunk), Some((writer, _))) = (chunk, self.links.get(&link)) else { continue };
-            self.out.bucket().spend(chunk_frame_len(&chunk), now);
+            self.out.throttle.spend(chunk_frame_len(&chunk));
             if writer.try_send(chunk).is_err() {
                 // Its task has ended; its own word of it is on the way.
                 self.links.remove(&link);

@@ -16,7 +16,7 @@ mod reel;
 mod run;
 mod survey;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dwcp_hde::Layers;
@@ -29,7 +29,6 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep_until, timeout};
 use tracing::{Instrument, info, warn};
 
-use crate::bucket::Bucket;
 use crate::control::{Control, Data, Origin};
 use crate::counters::Counters;
 use crate::error::{Blame, Failure};
@@ -45,6 +44,7 @@ use crate::retry;
 use crate::shared::Shared;
 use crate::spec::{Leave, MigrateSpec, PathWish};
 use crate::status::Phase;
+use crate::throttle::Throttle;
 
 pub(crate) use helm::SwitchOrder;
 pub(crate) use plan::{Downtime, Plan, check, failures, impossible, mode, plan, wish};
@@ -67,7 +67,7 @@ pub(crate) struct Outgoing {
     metrics: Metrics,
     /// Part of the downtime that bytes in flight may take.
     budget: Duration,
-    bucket: Arc<Mutex<Bucket>>,
+    throttle: Arc<Throttle>,
     /// Bytes that the memory of what the destination holds may take.
     remember: usize,
     /// The layers of HDE beside compression.
@@ -85,10 +85,6 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    fn bucket(&self) -> MutexGuard<'_, Bucket> {
-        self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Bytes were given to the network on v3.
     fn sent_v3(&self, mode: Mode, bytes: u64) {
         self.counters.wire.add(bytes);
@@ -206,7 +202,7 @@ async fn attempt(
         counters,
         metrics: shared.metrics.clone(),
         budget: downtime.in_flight,
-        bucket: Arc::new(Mutex::new(Bucket::new(spec.bandwidth_limit))),
+        throttle: Arc::new(shared.bandwidth.throttle(spec.bandwidth_limit)),
         remember: crate::hde::allowance(ram, shared.config.limits.memory),
         layers: crate::hde::layers(shared.config.hde),
         wish,
@@ -270,7 +266,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         counters,
         metrics: shared.metrics.clone(),
         budget: Duration::ZERO,
-        bucket: Arc::new(Mutex::new(Bucket::new(None))),
+        throttle: Arc::new(shared.bandwidth.throttle(None)),
         remember: 0,
         layers: Layers::ZERO,
         wish: Wish::default(),

@@ -65,6 +65,7 @@ impl Node {
                 migrations: 8,
                 memory: None,
                 cpu_pressure: None,
+                bandwidth: None,
             },
             hde: Hde::default(),
             bounds: Bounds::default(),
@@ -88,6 +89,29 @@ impl Node {
 
     pub fn qmp(&self) -> PathBuf {
         self.dir.path().join("qmp")
+    }
+}
+
+/// From `a` to `b`, with the defaults.
+pub fn spec(a: &Node, b: &Node) -> MigrateSpec {
+    MigrateSpec {
+        vm: VmName::new("vm1").unwrap(),
+        vmm: Vmm::Qmp(a.qmp()),
+        to: NodeName::new("b").unwrap(),
+        addr: b.engine.data_addr(),
+        path: PathWish::Auto,
+        mode: ModeWish::Auto,
+        downtime_limit: Duration::from_millis(500),
+        bandwidth_limit: None,
+        streams: None,
+        source: SourceWish::Auto,
+        verify_ram: false,
+        shared_storage: false,
+        on_success: Leave::Leave,
+        on_abort: Leave::Leave,
+        deadline: None,
+        retry: 0,
+        id: None,
     }
 }
 
@@ -123,25 +147,7 @@ impl Scene {
     }
 
     pub fn spec(&self) -> MigrateSpec {
-        MigrateSpec {
-            vm: VmName::new("vm1").unwrap(),
-            vmm: Vmm::Qmp(self.a.qmp()),
-            to: NodeName::new("b").unwrap(),
-            addr: self.b.engine.data_addr(),
-            path: PathWish::Auto,
-            mode: ModeWish::Auto,
-            downtime_limit: Duration::from_millis(500),
-            bandwidth_limit: None,
-            streams: None,
-            source: SourceWish::Auto,
-            verify_ram: false,
-            shared_storage: false,
-            on_success: Leave::Leave,
-            on_abort: Leave::Leave,
-            deadline: None,
-            retry: 0,
-            id: None,
-        }
+        spec(&self.a, &self.b)
     }
 
     pub async fn awaited(&self) -> Status {
