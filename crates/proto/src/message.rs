@@ -363,6 +363,9 @@ pub struct Ack {
     /// of them, it has stalled, though it may not look so from either end. Said again for as long as it is so.
     #[prost(uint32, repeated, tag = "5")]
     pub silent: Vec<u32>,
+    /// Bytes on the wire of chunks that have arrived and wait for an earlier one: they are on their way no more.
+    #[prost(uint64, tag = "6")]
+    pub held: u64,
 }
 
 /// A chunk is wanted again: its payload did not match its digest.

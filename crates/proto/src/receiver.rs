@@ -87,6 +87,8 @@ pub struct Receiver {
     version: u32,
     waiting: BTreeMap<Seq, Waiting>,
     waiting_bytes: u64,
+    /// Of those that are verified.
+    held: u64,
     applying: Option<ChunkHeader>,
     ended: bool,
     window: u64,
@@ -107,6 +109,7 @@ impl Receiver {
             version: 0,
             waiting: BTreeMap::new(),
             waiting_bytes: 0,
+            held: 0,
             applying: None,
             ended: false,
             window,
@@ -149,10 +152,18 @@ impl Receiver {
     /// gives its chunk out; false if another one was faster.
     #[must_use]
     pub fn verified(&mut self, seq: Seq) -> bool {
-        match self.waiting.get_mut(&seq) {
-            Some(waiting) => !std::mem::replace(&mut waiting.verified, true),
-            None => false,
-        }
+        let Some(waiting) = self.waiting.get_mut(&seq).filter(|waiting| !waiting.verified) else {
+            return false;
+        };
+        waiting.verified = true;
+        self.held += u64::from(waiting.header.wire_len);
+        true
+    }
+
+    /// Bytes on the wire of the chunks that are here, verified, and wait for one that is not. Those that merely wait for their turn do not
+    /// count: a slow sink is to be felt by the sender.
+    pub fn held(&self) -> u64 {
+        if self.has_next() { 0 } else { self.held }
     }
 
     /// An admitted copy's payload did not arrive whole, or not as its header says. True if it was the last copy, so that a
@@ -187,6 +198,7 @@ impl Receiver {
         }
         let Some(Waiting { header, .. }) = self.waiting.remove(&self.next) else { return Ok(None) };
         self.waiting_bytes -= header.weight();
+        self.held -= u64::from(header.wire_len);
         let seq = header.seq.0;
         if header.prev != self.prev || header.offset != self.applied {
             return Err(Violation::Chain(seq));
@@ -372,6 +384,26 @@ mod tests {
         receiver.admit(&renumbered).unwrap();
         assert!(receiver.verified(Seq(1)));
         assert_eq!(apply_all(&mut receiver), Err(Violation::Chain(1)));
+    }
+
+    #[test]
+    fn what_waits_for_a_chunk_that_is_not_here_is_held() {
+        let chunks = stream(3);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        let wire = |n: usize| u64::from(chunks[n].header().wire_len);
+        for n in [1, 2] {
+            receiver.admit(chunks[n].header()).unwrap();
+            assert!(receiver.verified(Seq(n as u64)));
+            assert!(!receiver.verified(Seq(n as u64)), "a second copy counts for nothing");
+        }
+        assert_eq!(receiver.held(), wire(1) + wire(2));
+        receiver.admit(chunks[0].header()).unwrap();
+        assert_eq!(receiver.held(), wire(1) + wire(2), "it is not verified yet");
+        assert!(receiver.verified(Seq(0)));
+        assert_eq!(receiver.held(), 0, "they wait for the sink only");
+        receiver.poll_apply().unwrap();
+        receiver.applied();
+        assert_eq!((receiver.held(), receiver.has_next()), (0, true));
     }
 
     #[test]

@@ -80,6 +80,8 @@ pub struct Sender {
     window: u64,
     unacked_weight: u64,
     unacked_wire: u64,
+    /// Of those, what has arrived and waits for an earlier chunk, by the peer's word.
+    held: u64,
     applied: StreamOffset,
     retransmitted: u64,
     pace: Pace,
@@ -101,6 +103,7 @@ impl Sender {
             window,
             unacked_weight: 0,
             unacked_wire: 0,
+            held: 0,
             applied: offset,
             retransmitted: 0,
             pace,
@@ -112,7 +115,7 @@ impl Sender {
         self.entries.is_empty()
             || (self.unacked_weight + MAX_RAW_PAYLOAD as u64 <= self.window
                 && (self.entries.len() as u64) < MAX_REORDER
-                && self.unacked_wire < self.pace.target())
+                && self.unacked_wire.saturating_sub(self.held) < self.pace.target())
     }
 
     /// Takes the next chunk: its bytes on the wire, its [`weight`](crate::chunk::ChunkHeader::weight), and where it ends in the
@@ -202,6 +205,12 @@ impl Sender {
             self.pace.acked(bytes, now, self.is_idle());
         }
         Ok(acked)
+    }
+
+    /// So many of the bytes that are not acknowledged have arrived, and wait for an earlier chunk: they do not count as on their way. On a link
+    /// that loses packets one connection waits while the others go on; without this, that wait would be taken for the link's.
+    pub fn held(&mut self, bytes: u64) {
+        self.held = bytes;
     }
 
     /// The peer has refused a chunk's payload, `times` in all: it is sent again, a few times.
@@ -386,6 +395,24 @@ mod tests {
         sender.poll_transmit(T).unwrap();
         sender.ack(Seq(1), StreamOffset(1), T).unwrap();
         assert!(sender.has_room());
+    }
+
+    #[test]
+    fn what_has_arrived_is_not_in_flight() {
+        let pace = || {
+            let mut pace = Pace::new(Duration::from_millis(100));
+            (1..=1000).for_each(|t| pace.acked(1000, Duration::from_millis(t), false));
+            pace
+        };
+        let mut sender = Sender::new(64 << 20, pace());
+        let target = sender.pace().target();
+        sender.push(target, 1, StreamOffset(1));
+        assert!(!sender.has_room());
+        sender.held(target / 2);
+        assert!(sender.has_room());
+        sender.held(u64::MAX);
+        sender.push(target, 1, StreamOffset(2));
+        assert!(sender.has_room(), "whatever the peer says, the window holds");
     }
 
     #[test]

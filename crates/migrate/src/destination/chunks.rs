@@ -98,6 +98,7 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
                 if let Some(transfer) = stage.apply(landing).await? {
                     return Ok(Landed::All(transfer, Box::new(links)));
                 }
+                landing.holds(lock(&stage.receiver).held());
             }
             event = events.recv() => match event {
                 Some(LinkEvent::Chunk(seq, result)) => decoding.push(async move { (seq, result.await) }),
@@ -247,14 +248,21 @@ impl Stage {
                 counters.chunks.add(1);
             }
             landing.sink.apply_for(&bytes, stream_len).await?;
-            let (next, applied, root) = {
+            let (next, applied, held, root) = {
                 let mut receiver = lock(&self.receiver);
                 receiver.applied();
-                (receiver.next(), receiver.offset().0, receiver.root())
+                (receiver.next(), receiver.offset().0, receiver.held(), receiver.root())
             };
             self.refusals.retain(|seq, _| *seq >= next);
             let refused = self.wanted();
-            landing.acknowledge(Ack { next: next.0, applied, refused, leg: self.leg, silent: Vec::new() });
+            landing.acknowledge(Ack {
+                next: next.0,
+                applied,
+                refused,
+                leg: self.leg,
+                silent: Vec::new(),
+                held,
+            });
             if let Some(root) = root {
                 return Ok(Some(Transfer { stream_len: applied, root }));
             }

@@ -273,6 +273,11 @@ impl Landing {
         });
     }
 
+    /// So many bytes have arrived and wait for a chunk that has not.
+    pub(crate) fn holds(&self, held: u64) {
+        self.acks.send_if_modified(|ack| std::mem::replace(&mut ack.held, held) != held);
+    }
+
     /// Something was applied: the source may forget it.
     pub(crate) fn acknowledge(&self, ack: Ack) {
         self.acks.send_replace(ack);

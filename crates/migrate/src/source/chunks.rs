@@ -389,6 +389,7 @@ impl Stage {
             );
             self.sender.nack(Seq(refusal.seq), refusal.times).map_err(broken)?;
         }
+        self.sender.held(ack.held);
         self.stalled(&ack.silent);
         if self.sender.is_idle() {
             self.idle();

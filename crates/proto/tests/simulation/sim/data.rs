@@ -576,13 +576,13 @@ impl<S: Seal> Incoming<S> {
 
     /// What is to be acknowledged: the whole state towards the sender.
     pub(crate) fn state(&mut self) {
-        let (mut next, mut refused) = (0, Vec::new());
+        let (mut next, mut held, mut refused) = (0, 0, Vec::new());
         if let Landing::Chunks(arriving) = &self.way {
-            next = arriving.receiver.next().0;
+            (next, held) = (arriving.receiver.next().0, arriving.receiver.held());
             let lacking = arriving.altered.iter().filter(|(seq, _)| arriving.receiver.lacks(Seq(**seq)));
             refused = lacking.map(|(seq, times)| Refusal { seq: *seq, times: *times }).collect();
         }
-        self.ack = Ack { next, applied: self.offset, refused, leg: self.leg.number, silent: Vec::new() };
+        self.ack = Ack { next, applied: self.offset, refused, leg: self.leg.number, held, ..Ack::default() };
     }
 }
 

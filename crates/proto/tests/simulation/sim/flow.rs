@@ -239,7 +239,13 @@ impl<X: Seal> World<'_, X> {
             return Ok(());
         };
         match arriving.seal.word(chunk).or(ignored.then_some(7)) {
-            Some(word) => arriving.verified(seq, word, &self.scenario)?,
+            Some(word) => {
+                arriving.verified(seq, word, &self.scenario)?;
+                if let Some(incoming) = &mut self.incoming {
+                    incoming.state();
+                }
+                self.acknowledge();
+            }
             None => {
                 if arriving.refused(seq) >= MAX_NACKS {
                     return self.hopeless();
@@ -356,6 +362,7 @@ impl<X: Seal> World<'_, X> {
         match &mut out.way {
             Way::Chunks(chunks) => {
                 if ack.next >= chunks.base {
+                    chunks.sender.held(ack.held);
                     chunks.acked(ack.next, ack.applied, now)?;
                     for refusal in ack.refused.iter().filter(|_| !ignored) {
                         let refused = chunks.sender.nack(Seq(refusal.seq), refusal.times);
