@@ -267,7 +267,16 @@ impl Agent {
     /// # Errors
     /// It cannot be started; that it fails is in its output.
     pub fn ctl(&self, args: &[&dyn Display]) -> Result<CtlOutput> {
-        run_ctl(&self.with_address(args))
+        self.ctl_within(CTL, args)
+    }
+
+    /// The same, for one that may take as long as `limit`.
+    ///
+    /// # Errors
+    /// As [`Agent::ctl`].
+    pub fn ctl_within(&self, limit: Duration, args: &[&dyn Display]) -> Result<CtlOutput> {
+        let command = ctl_command(&self.with_address(args))?;
+        Ok(collect(bounded(limit, &command).stdin(Stdio::null()).output()?))
     }
 
     /// The same, with each line of its standard output handed to `line` as it comes.

@@ -64,6 +64,8 @@ pub struct Count {
     pub delivered: u64,
     /// Lost by chance, cut or a full queue.
     pub dropped: u64,
+    /// Bytes delivered, IP headers included.
+    pub bytes: u64,
 }
 
 /// Two namespaces and the line between them; all of it is gone when this is dropped.
@@ -124,6 +126,11 @@ impl Wan {
         self.ends.namespace(end)
     }
 
+    /// The process id of the line, for whoever counts what it costs.
+    pub fn line_pid(&self) -> u32 {
+        self.line.id()
+    }
+
     /// Gives a direction another nature, from the next packet on.
     ///
     /// # Errors
@@ -173,7 +180,8 @@ impl Wan {
         let answer = self.obey("count")?;
         let mut numbers = answer.split_whitespace().map(str::parse::<u64>);
         let mut number = || numbers.next().context("a count is missing")?.context("a count is no number");
-        let mut count = || -> Result<Count> { Ok(Count { delivered: number()?, dropped: number()? }) };
+        let mut count =
+            || -> Result<Count> { Ok(Count { delivered: number()?, dropped: number()?, bytes: number()? }) };
         Ok([count()?, count()?])
     }
 

@@ -36,6 +36,7 @@ pub(crate) struct Line {
     held: u64,
     random: u64,
     delivered: u64,
+    delivered_bytes: u64,
     dropped: u64,
 }
 
@@ -53,6 +54,7 @@ impl Line {
             held: 0,
             random: seed,
             delivered: 0,
+            delivered_bytes: 0,
             dropped: 0,
         }
     }
@@ -103,6 +105,7 @@ impl Line {
             self.dropped += 1;
         } else {
             self.delivered += 1;
+            self.delivered_bytes += length as u64;
         }
         !self.cut
     }
@@ -110,6 +113,11 @@ impl Line {
     /// Packets that arrived.
     pub(crate) fn delivered(&self) -> u64 {
         self.delivered
+    }
+
+    /// Their bytes, IP headers included.
+    pub(crate) fn delivered_bytes(&self) -> u64 {
+        self.delivered_bytes
     }
 
     /// Packets that were lost, by chance, cut or a full queue.
@@ -180,7 +188,7 @@ mod tests {
         assert!(line.offer(now, 100).is_none());
         line.cut(false);
         assert!(line.offer(now, 100).is_some() && line.arrive(100));
-        assert_eq!((line.delivered(), line.dropped()), (1, 2));
+        assert_eq!((line.delivered(), line.delivered_bytes(), line.dropped()), (1, 100, 2));
     }
 
     #[test]

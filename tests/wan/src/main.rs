@@ -13,7 +13,7 @@
 //! set DIRECTION rate=BITS delay=MICROS loss=PPM reorder=PPM queue=BYTES     any of them; rate 0 is unlimited
 //! cut DIRECTION                                                 packets vanish, those under way too
 //! mend DIRECTION
-//! count                                                         answers ok DELIVERED_AB DROPPED_AB DELIVERED_BA DROPPED_BA
+//! count                                                         answers ok DELIVERED_AB DROPPED_AB BYTES_AB DELIVERED_BA DROPPED_BA BYTES_BA
 //! ```
 //!
 //! DIRECTION is `ab`, `ba` or `both`. Only the laboratory runs it: in a namespace of its own, as root.
@@ -118,7 +118,7 @@ fn obey(command: &str, ab: &Shared, ba: &Shared) -> Result<String> {
     if verb == "count" {
         let count = |line: &Shared| {
             let line = lock(line);
-            format!(" {} {}", line.delivered(), line.dropped())
+            format!(" {} {} {}", line.delivered(), line.dropped(), line.delivered_bytes())
         };
         return Ok(count(ab) + &count(ba));
     }

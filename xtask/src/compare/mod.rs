@@ -7,11 +7,13 @@ mod cost;
 mod dc;
 mod estimate;
 mod machine;
+mod order;
 mod relay;
 mod stage;
 mod table;
 mod tcp;
 mod v1;
+mod wan;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -33,6 +35,8 @@ enum What {
     Tcp(tcp::Settings),
     /// Datacenter mode beside path v1 and QEMU alone, over a cable between two network namespaces; writes docs/compare-dc.md
     Dc(dc::Settings),
+    /// Internet mode beside QEMU's own settings, over a long line; writes docs/compare-wan.md
+    Wan(wan::Settings),
 }
 
 /// Runs the comparison that was asked for.
@@ -42,5 +46,6 @@ pub(crate) fn compare(arguments: &Arguments) -> Result<()> {
         What::Estimate(settings) => estimate::compare(settings),
         What::Tcp(settings) => tcp::compare(settings),
         What::Dc(settings) => dc::compare(settings),
+        What::Wan(settings) => wan::compare(settings),
     }
 }
