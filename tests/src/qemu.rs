@@ -65,6 +65,8 @@ pub struct QemuSpec {
     pub load: GuestLoad,
     /// The network namespace that it runs in: [`crate::Wan::namespace`].
     pub namespace: Option<PathBuf>,
+    /// Another initramfs than the kit's; it has to end in the same program.
+    pub initramfs: Option<PathBuf>,
     /// Further arguments.
     pub extra: Vec<String>,
 }
@@ -80,6 +82,7 @@ impl QemuSpec {
             prealloc: false,
             load: GuestLoad::default(),
             namespace: None,
+            initramfs: None,
             extra: Vec::new(),
         }
     }
@@ -126,7 +129,7 @@ impl QemuSpec {
             "-kernel".into(),
             kit.kernel().display().to_string(),
             "-initrd".into(),
-            kit.initramfs().display().to_string(),
+            self.initramfs.clone().unwrap_or_else(|| kit.initramfs()).display().to_string(),
             "-append".into(),
             // On a busy host the emulated timer may be late for the kernel's check of it, which panics.
             format!("console=ttyS0 quiet no_timer_check {}", self.load),

@@ -21,7 +21,7 @@ const UNPACK: Duration = Duration::from_secs(60);
 pub(crate) const RELEASE: &str = "bookworm";
 /// The suite with newer versions for that release, on the same mirror.
 pub(crate) const BACKPORTS: &str = "bookworm-backports";
-/// The C library and its loader must fit each other, so the machine's own is used.
+/// The C library and its loader must fit each other, so the machine's own is used by what runs here.
 const NEVER_UNPACKED: &str = "libc6_";
 
 /// A private apt in a folder of its own.
@@ -81,7 +81,7 @@ impl Apt {
             "install",
             package,
         ]))?;
-        unpack_all(&archives, into)
+        unpack_all(&archives, into, Some(NEVER_UNPACKED))
     }
 
     /// Fetches `package` alone and unpacks it into `into`.
@@ -92,7 +92,7 @@ impl Apt {
         let archives = self.folder.join(format!("archives/{package}"));
         fs::create_dir_all(&archives)?;
         output(self.get(DOWNLOAD).current_dir(&archives).args(["-q", "download", package]))?;
-        unpack_all(&archives, into)
+        unpack_all(&archives, into, None)
     }
 
     /// The package that an empty package such as `linux-image-cloud-amd64` stands for: its only dependency.
@@ -118,12 +118,12 @@ impl Apt {
     }
 }
 
-fn unpack_all(archives: &Path, into: &Path) -> Result<()> {
+fn unpack_all(archives: &Path, into: &Path, but: Option<&str>) -> Result<()> {
     fs::create_dir_all(into)?;
     for entry in fs::read_dir(archives)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.ends_with(".deb") && !name.starts_with(NEVER_UNPACKED) {
+        if name.ends_with(".deb") && !but.is_some_and(|but| name.starts_with(but)) {
             output(bounded(UNPACK, "dpkg-deb").arg("-x").arg(&path).arg(into))?;
         }
     }

@@ -9,6 +9,10 @@ pub(crate) enum Entry<'a> {
     Folder,
     /// A file that may be executed.
     Program(&'a [u8]),
+    /// Any other file.
+    File(&'a [u8]),
+    /// A symbolic link, and where it leads.
+    Link(&'a str),
     /// A character device: major, minor.
     Device(u32, u32),
 }
@@ -20,6 +24,8 @@ pub(crate) fn archive(entries: &[(&str, Entry<'_>)]) -> Vec<u8> {
         let (mode, data, device): (u32, &[u8], _) = match *entry {
             Entry::Folder => (0o040_755, &[], (0, 0)),
             Entry::Program(data) => (0o100_755, data, (0, 0)),
+            Entry::File(data) => (0o100_644, data, (0, 0)),
+            Entry::Link(to) => (0o120_777, to.as_bytes(), (0, 0)),
             Entry::Device(major, minor) => (0o020_600, &[], (major, minor)),
         };
         append(&mut out, inode as u32 + 1, mode, name, data, device);

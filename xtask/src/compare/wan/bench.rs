@@ -45,7 +45,7 @@ impl Bench {
         let wan = Wan::start_or_skip("compare wan", Link::M200.profile())?
             .context("this comparison needs network namespaces and a TUN device")?;
         let dir = tempfile::tempdir()?;
-        let spec = QemuSpec { namespace: Some(wan.namespace(LineEnd::A)), ..guest.spec() };
+        let spec = QemuSpec { namespace: Some(wan.namespace(LineEnd::A)), ..guest.spec(kit)? };
         let source = Qemu::launch(kit, dir.path(), "source", &spec)?.booted()?;
         Ok(Bench { kit: kit.clone(), guest, spec, wan, source, moves: 0, dir })
     }
@@ -143,6 +143,7 @@ impl Bench {
         let mut run = gauge.finish(self, end)?;
         if done {
             run.said = said.success()?.json().with_context(|| format!("{}\n{}", a.log(), b.log()))?;
+            run.said["codecs"] = codecs(&a.http_get("/metrics")?);
             let internet = path == "v1" || run.said["mode"] == "internet";
             ensure!(run.said["path"] == path && internet, "not as asked for: {}", run.said);
         }
@@ -174,6 +175,17 @@ fn migrate(a: &Agent, b: &Agent, source: &Qemu, id: &str, path: &str, limit: Dur
             &"--json",
         ],
     )
+}
+
+/// How many chunks each codec got, from an agent's metrics.
+fn codecs(metrics: &str) -> Value {
+    let chunks = metrics.lines().filter_map(|line| {
+        let (codec, count) =
+            line.strip_prefix("dwcp_v3_chunks_encoded_total{codec=\"")?.split_once("\"} ")?;
+        let count = count.parse::<u64>().ok().filter(|&count| count > 0)?;
+        Some((codec.to_owned(), Value::from(count)))
+    });
+    Value::Object(chunks.collect())
 }
 
 /// Tells both QEMUs what this setting needs, and takes back what an earlier one was told.

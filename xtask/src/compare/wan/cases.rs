@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use anyhow::Result;
 use clap::ValueEnum;
-use dwcp_tests::{Backing, GuestLoad, LineProfile, Mix, QemuSpec, QemuVersion, Role};
+use dwcp_tests::{Backing, GuestLoad, Kit, LineProfile, Mix, QemuSpec, QemuVersion, Role};
 use serde::{Deserialize, Serialize};
+
+use super::debian;
 
 /// RAM beside what is under test, in MiB: the guest's kernel and what it keeps of its own.
 const BESIDE_MIB: u32 = 256;
@@ -17,6 +20,8 @@ pub(super) const XBZRLE_CACHE: u64 = 256 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Guest {
+    /// 2 GiB with a Debian userland in RAM, redis under load and a compiler in a loop
+    Debian,
     /// 512 MiB of mixed pages, 64 bytes rewritten in each of 20,000 pages a second over 256 MiB
     Writes,
     /// 512 MiB of random bytes, nothing rewritten
@@ -27,11 +32,12 @@ pub(crate) enum Guest {
 
 impl Guest {
     /// All of them.
-    pub(super) const ALL: [Guest; 3] = [Guest::Writes, Guest::Dense, Guest::Idle];
+    pub(super) const ALL: [Guest; 4] = [Guest::Debian, Guest::Writes, Guest::Dense, Guest::Idle];
 
     /// In the words of a table.
     pub(super) fn title(self) -> &'static str {
         match self {
+            Guest::Debian => "Debian guest: 2 GiB, redis under load, a compiler in a loop",
             Guest::Writes => {
                 "write-heavy guest: 512 MiB of mixed pages, 20,000 of them rewritten a second over 256 MiB"
             }
@@ -41,19 +47,23 @@ impl Guest {
     }
 
     /// Its machine.
-    pub(super) fn spec(self) -> QemuSpec {
+    ///
+    /// # Errors
+    /// What it needs from Debian cannot be fetched.
+    pub(super) fn spec(self, kit: &Kit) -> Result<QemuSpec> {
         let mixed = GuestLoad { mib: 512, check: 10_000, ..GuestLoad::default() };
         let load = match self {
+            Guest::Debian => GuestLoad { mib: 32, check: 2000, ..mixed }.idle(),
             Guest::Writes => GuestLoad { rate: 20_000, bytes: 64, hot_mib: 256, ..mixed },
             Guest::Dense => GuestLoad { mix: Mix::Random, ..mixed }.idle(),
             Guest::Idle => mixed.idle(),
         };
-        QemuSpec {
-            ram_mib: load.mib + BESIDE_MIB,
-            prealloc: true,
-            load,
-            ..QemuSpec::new(QemuVersion::V10_0, Role::Source)
-        }
+        let (ram_mib, initramfs) = match self {
+            Guest::Debian => (2048, Some(debian::initramfs(kit)?)),
+            _ => (load.mib + BESIDE_MIB, None),
+        };
+        let spec = QemuSpec::new(QemuVersion::V10_0, Role::Source);
+        Ok(QemuSpec { ram_mib, prealloc: true, load, initramfs, ..spec })
     }
 }
 

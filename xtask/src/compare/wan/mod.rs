@@ -7,6 +7,7 @@
 mod bench;
 mod cases;
 mod chart;
+mod debian;
 mod report;
 mod run;
 
@@ -122,7 +123,7 @@ fn shown(run: &Run) -> String {
         End::Failed(why) => format!(", failed: {why}"),
     };
     format!(
-        "{:6.2} s, down {:4.0} ms, {:6.1} MB, {:5.0} rewrites/s, CPU {:.1} s (agents {:.1}, others {:.1}), anon {:?} MiB{end}",
+        "{:6.2} s, down {:4.0} ms, {:6.1} MB, {:5.0} rewrites/s, CPU {:.1} s (agents {:.1}, others {:.1}), anon {:?} MiB{}{end}",
         run.seconds,
         run.downtime_ms.unwrap_or_default(),
         run.wire_bytes as f64 / 1e6,
@@ -131,6 +132,7 @@ fn shown(run: &Run) -> String {
         run.agents,
         run.others,
         run.anon_bytes.unwrap_or_default().map(|bytes| bytes >> 20),
+        if run.said.is_null() { String::new() } else { format!(", chunks {}", run.said["codecs"]) },
     )
 }
 

@@ -39,6 +39,16 @@ pub(super) struct Run {
     pub(super) said: serde_json::Value,
 }
 
+impl Run {
+    /// Bytes on the wire beside the guest's pages that were sent and are not zero; more than 1 where the agents do not say.
+    pub(super) fn part_of_non_zero(&self) -> f64 {
+        let layers = ["unchanged", "dedup", "delta", "whole"];
+        let before = |layer: &str| self.said["layers"][layer]["before_bytes"].as_f64().unwrap_or_default();
+        let pages: f64 = layers.into_iter().map(before).sum();
+        self.wire_bytes as f64 / pages.max(1.0)
+    }
+}
+
 /// All runs of one setting.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Runs(pub(super) Vec<Run>);
