@@ -39,6 +39,9 @@ fn live(version: QemuVersion, backing: Backing, sink: &str, test: &str) -> Resul
     let reasons = result["fallback_reasons"].to_string();
     ensure!(reasons.contains("sink stream instead of mapped") == (sink == "stream"), "{result}");
     ensure!(pages(&scene, "delta")? > 100, "deltas: {result}\n{}", scene.a.http_get("/metrics")?);
+    let delta = &result["layers"]["delta"];
+    ensure!(delta["pages"].as_u64() > Some(100), "{result}");
+    ensure!(delta["after_bytes"].as_u64() < delta["before_bytes"].as_u64(), "{result}");
     ensure!(pages(&scene, "zero")? > 1000 && pages(&scene, "whole")? > 1000, "{result}");
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use dwcp_migrate::spec::{
     DEFAULT_DOWNTIME, IncomingSpec, Leave, MAX_RETRIES, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm,
 };
-use dwcp_migrate::status::{Explanation, Moment, Phase, Role, Status, Story};
+use dwcp_migrate::status::{Explanation, LayerStatus, Moment, Phase, Role, Status, Story};
 use dwcp_migrate::{Blame, CheckReport, Estimate, Failure, Gate};
 use dwcp_proto::handover::Resolution;
 use dwcp_rpc::{MAX_MESSAGE, failure, v1};
@@ -355,6 +355,7 @@ pub(crate) fn status(s: Status) -> v1::Status {
         reconnects: s.reconnects,
         attempt: s.attempt,
         agent_peak_anon_bytes: s.agent_peak_anon_bytes,
+        layers: s.layers.into_iter().map(layer).collect(),
         progress: Some(v1::Progress {
             fraction: s.progress.fraction,
             remaining_bytes: s.progress.remaining_bytes,
@@ -376,6 +377,11 @@ pub(crate) fn gate(gate: &Gate, from: String) -> v1::Gate {
         epoch_incarnation: gate.epoch.0,
         epoch_counter: gate.epoch.1,
     }
+}
+
+fn layer(l: LayerStatus) -> v1::Layer {
+    let LayerStatus { layer, pages, before_bytes, after_bytes } = l;
+    v1::Layer { layer, pages, before_bytes, after_bytes }
 }
 
 #[cfg(test)]

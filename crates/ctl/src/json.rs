@@ -1,5 +1,7 @@
 //! The JSON that scripts read: one object a line. Keys are only ever added; what is not known is `null`.
 
+use std::collections::BTreeMap;
+
 use dwcp_rpc::v1;
 use serde::Serialize;
 
@@ -36,8 +38,17 @@ pub(crate) struct Status<'a> {
     reconnects: u64,
     attempt: u32,
     agent_peak_anon_bytes: u64,
+    layers: BTreeMap<&'a str, Layer>,
     progress: Progress,
     error: Option<Failure<'a>>,
+}
+
+/// What a layer of HDE made of its share.
+#[derive(Debug, Serialize)]
+struct Layer {
+    pages: u64,
+    before_bytes: u64,
+    after_bytes: u64,
 }
 
 /// How far it is.
@@ -190,6 +201,7 @@ pub(crate) fn status(s: &v1::Status) -> Status<'_> {
         reconnects: s.reconnects,
         attempt: s.attempt,
         agent_peak_anon_bytes: s.agent_peak_anon_bytes,
+        layers: s.layers.iter().map(layer).collect(),
         progress: Progress {
             fraction: p.fraction,
             remaining_bytes: p.remaining_bytes,
@@ -199,6 +211,10 @@ pub(crate) fn status(s: &v1::Status) -> Status<'_> {
         },
         error: s.error.as_ref().map(failure),
     }
+}
+
+fn layer(l: &v1::Layer) -> (&str, Layer) {
+    (&l.layer, Layer { pages: l.pages, before_bytes: l.before_bytes, after_bytes: l.after_bytes })
 }
 
 /// What is known of a migration.
@@ -370,6 +386,7 @@ mod tests {
             "retransmitted_chunks",
             "reconnects",
             "agent_peak_anon_bytes",
+            "layers",
         ] {
             assert!(object.get(key).is_some(), "{key}");
         }

@@ -2,9 +2,11 @@
 
 use std::ops::AddAssign;
 
+use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_proto::{Codec, Record, Segment, StreamOffset};
 
 use crate::codec::Compressor;
+use crate::fingerprint::{LINE, PROOF};
 use crate::format::{Header, OP_OPAQUE, write_varint};
 use crate::layout::Layout;
 use crate::memory::Memory;
@@ -27,7 +29,7 @@ pub enum Choice {
 }
 
 impl Choice {
-    /// For internet mode, until the link's rate and the CPU are measured.
+    /// For internet mode, until an [`Effort`](crate::Effort) has learned what link and CPU can do.
     ///
     /// Share saved, and GB/s of guest memory encoded and decoded by one thread, in chunks of 512 KiB:
     ///
@@ -47,6 +49,26 @@ impl Choice {
 
     /// For datacenter mode: links there outrun every codec.
     pub const DATACENTER: Choice = Choice::Raw;
+
+    /// Its name in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Choice::Raw => "raw",
+            Choice::Lz4 => "lz4",
+            Choice::Zstd(level) | Choice::Sampled(level) => match level {
+                ..1 => "zstd-fast",
+                1 => "zstd-1",
+                2..=3 => "zstd-3",
+                4..=5 => "zstd-5",
+                6..=7 => "zstd-7",
+                8.. => "zstd-9",
+            },
+        }
+    }
+
+    /// All of these names.
+    pub const NAMES: [&'static str; 8] =
+        ["raw", "lz4", "zstd-fast", "zstd-1", "zstd-3", "zstd-5", "zstd-7", "zstd-9"];
 }
 
 /// What became of a segment, beside its payload.
@@ -72,6 +94,9 @@ pub enum Fallback {
 }
 
 impl Fallback {
+    /// All of them.
+    pub const ALL: [Fallback; 2] = [Fallback::Incompressible, Fallback::NoGain];
+
     /// Its name in status and metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -106,6 +131,51 @@ pub struct Stats {
     pub stream_bytes: u64,
     /// Bytes of the payload as it is sent.
     pub payload_bytes: u64,
+    /// Bytes that went through a codec.
+    pub compressed_from: u64,
+    /// What became of these.
+    pub compressed_to: u64,
+    /// Bytes that went through none.
+    pub raw_bytes: u64,
+}
+
+/// What a layer made of its share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerBytes {
+    /// Its name in status and metrics.
+    pub layer: &'static str,
+    /// Pages; 0 for the two that take a chunk as a whole.
+    pub pages: u64,
+    /// Bytes before it: guest memory, or for the last two the bytes that the others leave.
+    pub before: u64,
+    /// Bytes that it leaves.
+    pub after: u64,
+}
+
+impl Stats {
+    /// Layer by layer. The first five divide the guest's pages among them; what they leave, together with the table and what is no
+    /// page, is divided between `compressed` and `raw`.
+    pub fn layers(&self) -> [LayerBytes; 7] {
+        let proofs = |pages: u64| pages * PROOF as u64;
+        let of =
+            |layer, pages: u64, after| LayerBytes { layer, pages, before: pages * PAGE_SIZE as u64, after };
+        let masks = self.delta_pages * size_of::<u32>() as u64;
+        let lines = self.delta_lines * LINE as u64;
+        [
+            of("zero", self.zero_pages + self.blank_pages, 0),
+            of("unchanged", self.unchanged_pages, proofs(self.unchanged_pages)),
+            of("dedup", self.copied_pages, proofs(self.copied_pages)),
+            of("delta", self.delta_pages, proofs(self.delta_pages) + masks + lines),
+            of("whole", self.pages, self.pages * PAGE_SIZE as u64),
+            LayerBytes {
+                layer: "compressed",
+                pages: 0,
+                before: self.compressed_from,
+                after: self.compressed_to,
+            },
+            LayerBytes { layer: "raw", pages: 0, before: self.raw_bytes, after: self.raw_bytes },
+        ]
+    }
 }
 
 impl AddAssign for Stats {
@@ -121,6 +191,9 @@ impl AddAssign for Stats {
         self.opaque_bytes += other.opaque_bytes;
         self.stream_bytes += other.stream_bytes;
         self.payload_bytes += other.payload_bytes;
+        self.compressed_from += other.compressed_from;
+        self.compressed_to += other.compressed_to;
+        self.raw_bytes += other.raw_bytes;
     }
 }
 
@@ -164,8 +237,9 @@ pub fn verbatim(segment: &Segment) -> (Vec<u8>, Stats) {
     header.write(&mut head);
     head.extend_from_slice(&table);
 
+    let payload_bytes = (head.len() + len) as u64;
     let mut stats =
-        Stats { stream_bytes: len as u64, payload_bytes: (head.len() + len) as u64, ..Stats::default() };
+        Stats { stream_bytes: len as u64, payload_bytes, raw_bytes: payload_bytes, ..Stats::default() };
     for record in &segment.records {
         match record {
             Record::Pages(run) => stats.pages += u64::from(run.count),
@@ -238,7 +312,12 @@ impl Reading<'_> {
             Choice::Zstd(_) | Choice::Sampled(_) => (Codec::Zstd, None),
         };
         let encoded = |codec, raw_len: usize, fallback, payload: &[u8]| {
-            let stats = Stats { payload_bytes: payload.len() as u64, ..layout.stats() };
+            let payload_bytes = payload.len() as u64;
+            let (compressed_from, compressed_to, raw_bytes) = match codec {
+                Codec::Raw => (0, 0, payload_bytes),
+                Codec::Lz4 | Codec::Zstd => (raw_len as u64, payload_bytes, 0),
+            };
+            let stats = Stats { payload_bytes, compressed_from, compressed_to, raw_bytes, ..layout.stats() };
             Encoded { codec, raw_len: raw_len as u32, fallback, stats }
         };
         if codec == Codec::Raw {

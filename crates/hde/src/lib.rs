@@ -29,6 +29,7 @@
 mod codec;
 mod content;
 mod decode;
+mod effort;
 mod encode;
 mod fingerprint;
 pub mod format;
@@ -46,7 +47,8 @@ mod tests;
 
 pub use content::{Content, Item};
 pub use decode::{DecodeError, Decoder, Unpacked};
-pub use encode::{Choice, EncodeError, Encoded, Encoder, Fallback, Reading, Stats, verbatim};
+pub use effort::{Effort, Spent};
+pub use encode::{Choice, EncodeError, Encoded, Encoder, Fallback, LayerBytes, Reading, Stats, verbatim};
 pub use format::{HDE_VERSION, TableError};
 pub use held::{Cache, CacheSize, Page, ReplayError, Sink, Span, StreamSink};
 pub use memory::{Holding, Layers, Memory};

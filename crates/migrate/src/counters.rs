@@ -1,6 +1,9 @@
 //! What one migration has counted; written by its tasks, read by whoever asks for its status.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use dwcp_hde::Stats;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -8,6 +11,8 @@ macro_rules! counters {
         #[derive(Debug, Default)]
         pub(crate) struct Counters {
             $($(#[$doc])* pub(crate) $name: Counter,)*
+            /// What the layers of HDE did to the chunks that were encoded.
+            pub(crate) encoded: Mutex<Stats>,
         }
     };
 }
@@ -33,20 +38,6 @@ counters! {
     rtt_now_us,
     /// Bytes a second that the peer acknowledged lately.
     rate,
-    /// Pages sent as zero.
-    pages_zero,
-    /// Pages sent again that had not changed.
-    pages_unchanged,
-    /// Pages sent as a reference to another one.
-    pages_copied,
-    /// Pages sent as the lines that changed.
-    pages_delta,
-    /// The lines that these changed.
-    delta_lines,
-    /// Pages sent whole.
-    pages_whole,
-    /// Pages that there was no memory to remember.
-    pages_untracked,
 }
 
 /// One counter.

@@ -1,6 +1,8 @@
 //! What a migration may spend on referring to pages that the destination holds, and what it says of it.
 
-use dwcp_hde::{CacheSize, Layers, Stats};
+use std::sync::PoisonError;
+
+use dwcp_hde::{CacheSize, LayerBytes, Layers, Stats};
 use dwcp_proto::limits::{MAX_BLOCK_NAME, PAGE_SIZE};
 use dwcp_proto::message::Offer;
 use dwcp_proto::negotiate::MAX_MAPPED;
@@ -10,6 +12,7 @@ use dwcp_vmm::mapped::Ram;
 use crate::config::Hde;
 use crate::counters::Counters;
 use crate::report::anon_bytes;
+use crate::status::LayerStatus;
 
 /// Bytes that either end may take for references, beside a share of the guest's RAM: together with what the agent
 /// takes anyway this stays below 64 MiB and 3 %.
@@ -69,13 +72,22 @@ pub(crate) fn layers(Hde { unchanged, dedup, delta, .. }: Hde) -> Layers {
 
 impl Counters {
     /// A chunk was encoded.
-    pub(crate) fn encoded(&self, stats: &Stats) {
-        self.pages_zero.add(stats.zero_pages + stats.blank_pages);
-        self.pages_unchanged.add(stats.unchanged_pages);
-        self.pages_copied.add(stats.copied_pages);
-        self.pages_delta.add(stats.delta_pages);
-        self.delta_lines.add(stats.delta_lines);
-        self.pages_whole.add(stats.pages);
-        self.pages_untracked.add(stats.untracked_pages);
+    pub(crate) fn encoded(&self, stats: Stats) {
+        *self.encoded.lock().unwrap_or_else(PoisonError::into_inner) += stats;
+    }
+
+    /// What the layers have done so far; none where nothing was encoded.
+    pub(crate) fn layers(&self) -> Vec<LayerStatus> {
+        let stats = *self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
+        if stats == Stats::default() {
+            return Vec::new();
+        }
+        let status = |LayerBytes { layer, pages, before, after }| LayerStatus {
+            layer: layer.to_owned(),
+            pages,
+            before_bytes: before,
+            after_bytes: after,
+        };
+        stats.layers().map(status).into()
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use dwcp_hde::Stats;
+use dwcp_hde::{Choice, Fallback, LayerBytes, Stats};
 use dwcp_link::Refusals;
 use dwcp_proto::path::Cause;
 use dwcp_proto::{Mode, Path};
@@ -102,6 +102,11 @@ struct ByLayer {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByCodec {
+    codec: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByPath {
     path: &'static str,
 }
@@ -137,6 +142,9 @@ struct Series {
     v3_busy: Family<ByMode, Seconds>,
     v3_inflight: Gauge,
     v3_pages: Family<ByLayer, Counter>,
+    v3_layer_before: Family<ByLayer, Counter>,
+    v3_layer_after: Family<ByLayer, Counter>,
+    v3_codecs: Family<ByCodec, Counter>,
     v1_processed: Counter,
     v1_busy: Seconds,
     attempts: Family<ByKind, Counter>,
@@ -174,6 +182,12 @@ impl Metrics {
             BLAMES.iter().for_each(|&blame| touch(&s.v3_errors, by_error(mode, blame)));
         }
         layers(&Stats::default()).iter().for_each(|&(layer, _)| touch(&s.v3_pages, ByLayer { layer }));
+        for LayerBytes { layer, .. } in Stats::default().layers() {
+            touch(&s.v3_layer_before, ByLayer { layer });
+            touch(&s.v3_layer_after, ByLayer { layer });
+        }
+        let fallbacks = Fallback::ALL.map(Fallback::name);
+        Choice::NAMES.iter().chain(&fallbacks).for_each(|&codec| touch(&s.v3_codecs, ByCodec { codec }));
         ATTACKS.iter().for_each(|kind| touch(&s.attempts, ByKind { kind }));
         for role in [Role::Source, Role::Destination].map(role_label) {
             for path in ["v1", "v3", "none"] {
@@ -226,6 +240,9 @@ impl Metrics {
         add!("dwcp_v3_busy_seconds", "Seconds in which a migration carried memory over v3", s.v3_busy);
         add!("dwcp_v3_migrations_inflight", "Migrations on v3 now", s.v3_inflight);
         add!("dwcp_v3_pages", "Pages encoded for v3, by the layer that sent them", s.v3_pages);
+        add!("dwcp_v3_layer_before_bytes", "Bytes that a layer of HDE was given", s.v3_layer_before);
+        add!("dwcp_v3_layer_after_bytes", "Bytes that it made of them", s.v3_layer_after);
+        add!("dwcp_v3_chunks_encoded", "Chunks by codec, or by why they were left raw", s.v3_codecs);
         add!("dwcp_v1_bytes_processed", "Bytes of the VMMs' streams carried over v1", s.v1_processed);
         add!("dwcp_v1_busy_seconds", "Seconds in which a migration carried memory over v1", s.v1_busy);
         add!("dwcp_v3_byzantine_attempts", "Protocol violations refused, by kind", s.attempts);
@@ -285,10 +302,15 @@ impl Metrics {
     }
 
     /// A chunk was encoded.
-    pub fn encoded(&self, stats: &Stats) {
+    pub fn encoded(&self, stats: &Stats, codec: &'static str) {
         for (layer, pages) in layers(stats) {
             self.0.v3_pages.get_or_create(&ByLayer { layer }).inc_by(pages);
         }
+        for LayerBytes { layer, before, after, .. } in stats.layers() {
+            self.0.v3_layer_before.get_or_create(&ByLayer { layer }).inc_by(before);
+            self.0.v3_layer_after.get_or_create(&ByLayer { layer }).inc_by(after);
+        }
+        self.0.v3_codecs.get_or_create(&ByCodec { codec }).inc();
     }
 
     /// Bytes were given to the network on v3.

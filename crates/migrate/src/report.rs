@@ -76,6 +76,7 @@ impl Report {
             reconnects: 0,
             attempt: 1,
             agent_peak_anon_bytes: 0,
+            layers: Vec::new(),
             progress: Progress::default(),
             error: None,
         };
@@ -168,6 +169,7 @@ impl Report {
         status.retransmitted_chunks = c.retransmitted.load();
         status.reconnects = c.reconnects.load();
         status.agent_peak_anon_bytes = status.agent_peak_anon_bytes.max(anon);
+        status.layers = c.layers();
         status.progress.wire_rate = match c.rate.load() {
             0 if seconds > 0.0 => wire as f64 / seconds,
             rate => rate as f64,

@@ -61,6 +61,19 @@ pub struct Progress {
     pub dirty_rate: Option<f64>,
 }
 
+/// What a layer of HDE made of its share, at the source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerStatus {
+    /// `zero`, `unchanged`, `dedup`, `delta`, `whole`; then what becomes of these chunk by chunk: `compressed`, `raw`.
+    pub layer: String,
+    /// Pages; 0 for the last two.
+    pub pages: u64,
+    /// Bytes before it.
+    pub before_bytes: u64,
+    /// Bytes that it leaves.
+    pub after_bytes: u64,
+}
+
 /// A snapshot of one migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -122,6 +135,9 @@ pub struct Status {
     pub attempt: u32,
     /// Highest sampled anonymous memory (RssAnon) of this agent during the migration, bytes.
     pub agent_peak_anon_bytes: u64,
+    /// What the layers of HDE did; empty at the destination, and without v3.
+    #[serde(default)]
+    pub layers: Vec<LayerStatus>,
     /// How far it is.
     pub progress: Progress,
     /// Why it ended badly, if it did.

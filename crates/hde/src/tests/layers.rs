@@ -41,8 +41,21 @@ impl Pair {
         self.ram.out.clear();
         unpack(&encoded, &payload, &segment).content().replay(&mut self.ram).unwrap();
         assert!(self.ram.out == segment.bytes);
+        account(&encoded);
         encoded.stats
     }
+}
+
+/// The layers' bytes add up to the payload, before compression and after it.
+fn account(encoded: &Encoded) {
+    let layers = encoded.stats.layers();
+    let (by_page, by_chunk) = layers.split_at(5);
+    let left: u64 = by_page.iter().map(|layer| layer.after).sum();
+    let raw_len = u64::from(encoded.raw_len);
+    // The rest is the table, and what is no page.
+    assert!((left..=left + encoded.stats.opaque_bytes + 4096).contains(&raw_len), "{left} of {raw_len}");
+    assert_eq!(by_chunk.iter().map(|layer| layer.before).sum::<u64>(), raw_len);
+    assert_eq!(by_chunk.iter().map(|layer| layer.after).sum::<u64>(), encoded.stats.payload_bytes);
 }
 
 fn encode(segment: &Segment, memory: &mut Memory, choice: Choice) -> (Encoded, Vec<u8>) {

@@ -10,7 +10,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use dwcp_hde::{CacheSize, Choice as Compression, EncodeError, Holding, Memory, Stats, verbatim};
+use dwcp_hde::{
+    CacheSize, Choice as Compression, Effort, EncodeError, Fallback, Holding, Memory, Spent, Stats, verbatim,
+};
 use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Purpose};
@@ -66,7 +68,7 @@ pub(crate) async fn send(
     }
     drop(events_tx);
 
-    let compression = compression(leg.mode);
+    let mut effort = effort(leg.mode);
     let mut baton = memory(out, leg)?.map(|memory| Baton::first(memory, leg.choice.mapped));
     let mut stage = Stage::new(out.clone(), leg);
     let mut encoding = FuturesOrdered::new();
@@ -109,13 +111,20 @@ pub(crate) async fn send(
                 stage.sender.pace().narrow(narrow);
             }
             Some(chunk) = encoding.next(), if stage.wants_more() => match chunk {
-                Ok(chunk) => stage.push(chunk),
+                Ok(Done { chunk, compressing, at, .. }) => {
+                    if let (Some(effort), Some((bytes, busy))) = (&mut effort, compressing) {
+                        let followed = encoding.len() + 1 >= AHEAD;
+                        effort.spent(Spent { bytes, busy, waited: at.elapsed(), followed });
+                    }
+                    stage.push(chunk);
+                }
                 // The bytes are still here; v1 needs no encoder.
                 Err(why) => helm.encoder_failed(why),
             },
             segment = reel.next(), if !all_read && encoding.len() < AHEAD => {
                 if let Some(segment) = segment {
                     let baton = baton.as_mut().map(Baton::pass);
+                    let compression = effort.as_ref().map(Effort::choice);
                     encoding.push_back(encode(out.clone(), segment, compression, baton));
                 }
             }
@@ -128,10 +137,10 @@ fn ended() -> Failure {
     Failure::new("ended", Blame::Local, "the migration has ended", "")
 }
 
-/// What v3 does to a chunk, by mode; `None` leaves it as it is.
-fn compression(mode: Mode) -> Option<Compression> {
+/// Who chooses how hard to compress; `None` where nothing is compressed.
+fn effort(mode: Mode) -> Option<Effort> {
     match mode {
-        Mode::Internet => Some(Compression::INTERNET),
+        Mode::Internet => Some(Effort::default()),
         Mode::Datacenter => None,
     }
 }
@@ -188,17 +197,28 @@ async fn encode(
     segment: Segment,
     compression: Option<Compression>,
     turn: Option<Turn>,
-) -> Result<EncodedChunk, String> {
+) -> Result<Done, String> {
     const FAILED: &str = "a codec thread failed";
     let turn = match turn {
         Some(Turn { memory, next, mapped }) => Some((memory.await.map_err(|_| FAILED)?, next, mapped)),
         None => None,
     };
     let result = out.share.run(move |worker| encode_now(worker, &segment, compression, turn)).await;
-    let (chunk, stats) = result.await.map_err(|_| FAILED)?.map_err(|error| error.to_string())?;
-    out.counters.encoded(&stats);
-    out.metrics.encoded(&stats);
-    Ok(chunk)
+    let (done, stats) = result.await.map_err(|_| FAILED)?.map_err(|error| error.to_string())?;
+    out.counters.encoded(stats);
+    out.metrics.encoded(&stats, done.codec);
+    Ok(done)
+}
+
+/// An encoded segment.
+struct Done {
+    chunk: EncodedChunk,
+    /// The codec's name, or why none was used.
+    codec: &'static str,
+    /// What was compressed and what it took, if it was not left raw without trying.
+    compressing: Option<(u64, Duration)>,
+    /// When it was done.
+    at: Instant,
 }
 
 fn encode_now(
@@ -206,12 +226,14 @@ fn encode_now(
     segment: &Segment,
     compression: Option<Compression>,
     turn: Option<(Memory, oneshot::Sender<Memory>, bool)>,
-) -> Result<(EncodedChunk, Stats), EncodeError> {
+) -> Result<(Done, Stats), EncodeError> {
     let Some(compression) = compression else {
         let (head, stats) = verbatim(segment);
         let payload = Payload::new(head.into(), segment.bytes.clone());
         let raw_len = payload.len() as u32;
-        return Ok((chunk(segment, Codec::Raw, raw_len, payload), stats));
+        let chunk = chunk(segment, Codec::Raw, raw_len, payload);
+        let codec = Compression::DATACENTER.name();
+        return Ok((Done { chunk, codec, compressing: None, at: Instant::now() }, stats));
     };
     let mut payload = Vec::new();
     let (mut memory, next, mapped) = match turn {
@@ -233,8 +255,13 @@ fn encode_now(
         // Whoever is next may be gone with the leg.
         let _ = next.send(memory);
     }
+    let began = Instant::now();
     let done = reading.write(compression, &mut payload);
-    Ok((chunk(segment, done.codec, done.raw_len, payload), done.stats))
+    let tried = done.codec != Codec::Raw || done.fallback == Some(Fallback::NoGain);
+    let compressing = tried.then(|| (u64::from(done.raw_len), began.elapsed()));
+    let chunk = chunk(segment, done.codec, done.raw_len, payload);
+    let codec = done.fallback.map_or(compression.name(), Fallback::name);
+    Ok((Done { chunk, codec, compressing, at: Instant::now() }, done.stats))
 }
 
 fn chunk(segment: &Segment, codec: Codec, raw_len: u32, payload: impl Into<Payload>) -> EncodedChunk {

@@ -491,6 +491,25 @@ pub struct Status {
     /// Times that the mode of v3 changed in mid-migration.
     #[prost(uint32, tag = "41")]
     pub mode_switches: u32,
+    /// What the layers of HDE did, at the source.
+    #[prost(message, repeated, tag = "29")]
+    pub layers: ::prost::alloc::vec::Vec<Layer>,
+}
+/// What a layer of HDE made of its share.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Layer {
+    /// `zero`, `unchanged`, `dedup`, `delta`, `whole`; then what becomes of these chunk by chunk: `compressed`, `raw`.
+    #[prost(string, tag = "1")]
+    pub layer: ::prost::alloc::string::String,
+    /// Pages; 0 for the last two.
+    #[prost(uint64, tag = "2")]
+    pub pages: u64,
+    /// Bytes before it.
+    #[prost(uint64, tag = "3")]
+    pub before_bytes: u64,
+    /// Bytes that it leaves.
+    #[prost(uint64, tag = "4")]
+    pub after_bytes: u64,
 }
 /// Asks for the agent's own state.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
