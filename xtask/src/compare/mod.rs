@@ -7,7 +7,6 @@ mod cost;
 mod dc;
 mod estimate;
 mod machine;
-mod order;
 mod relay;
 mod stage;
 mod table;

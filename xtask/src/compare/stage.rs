@@ -136,7 +136,7 @@ impl<C> Runs<C> {
 
 /// Every other round goes backwards, and each pair of rounds begins with another contender, so that nobody always comes after the
 /// same one.
-fn order(count: usize, round: usize) -> Vec<usize> {
+pub(super) fn order(count: usize, round: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..count).map(|index| (index + round / 2) % count.max(1)).collect();
     if round % 2 == 1 {
         order.reverse();

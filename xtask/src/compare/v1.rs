@@ -11,7 +11,6 @@ use dwcp_tests::{Agent, AgentConfig, GuestLoad, Kit, Mix, Qemu, QemuSpec, QemuVe
 use serde_json::json;
 
 use super::machine;
-use super::order::order;
 use super::relay::{Relay, Socat};
 use super::stage::{Run, Runs, Stage};
 use super::table::{ConcatLines, Table, median};

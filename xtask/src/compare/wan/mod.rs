@@ -22,7 +22,7 @@ use self::cases::{Guest, Link, Setting};
 use self::report::{Case, Report};
 use self::run::{End, Run, Runs};
 use super::machine;
-use super::order::order;
+use super::stage::order;
 use crate::run::root;
 use crate::setup::setup;
 use crate::test::build_programs;
