@@ -120,6 +120,8 @@ fn check_result(result: &Value, path: &str) -> Result<()> {
     match path {
         // TLS adds a little; nothing is taken away.
         "v1" => assert!(wire >= raw / 2 && wire < raw + raw / 10, "{result}"),
+        // As the link was measured: loopback is mostly a datacenter, but not on a busy machine.
+        _ if result["mode"] == "datacenter" => assert!(wire > 0 && wire < raw + raw / 10, "{result}"),
         _ => assert!(wire > 0 && wire < raw, "a compressible guest must get smaller: {result}"),
     }
     if path == "v3" {

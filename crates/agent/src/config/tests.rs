@@ -109,7 +109,7 @@ fn an_error_names_file_line_column_and_what_was_expected() {
     assert_eq!(
         error("state_dir", "stat_dir"),
         "/etc/dwcp/dwcpd.toml:3:1: unknown key `stat_dir`, expected one of `node`, `state_dir`, `listen`, `identity`, \
-         `flags`, `policy`, `limits`, `hde`, `vmm`, `labels`, `log`\n  \
+         `flags`, `policy`, `limits`, `hde`, `link`, `vmm`, `labels`, `log`\n  \
          |\n\
          3 | stat_dir = \"/var/lib/dwcp\"\n  \
          | ^^^^^^^^"
@@ -137,13 +137,13 @@ fn bad_values_are_refused_where_they_stand() {
         ("\"datacenter\"", "\"lan\"", ":24:6: ", "`any`, `datacenter`, `never`"),
         ("migrations = 2", "migrations = 0", ":28:14: ", "from 1 to 64"),
         ("cpus = 4", "cpus = -1", ":29:8: ", "expected u64"),
-        ("200Mbit", "0Mbit", ":33:13: ", "rate above zero"),
-        ("\"none\"\npaths", "\"gdb\"\npaths", ":36:10: ", "`none` or `ptrace`"),
-        ("info,dwcp_link=debug", "loud", ":44:9: ", "expected error, warn, info, debug or trace"),
+        ("200Mbit", "0Mbit", ":34:13: ", "rate above zero"),
+        ("\"none\"\npaths", "\"gdb\"\npaths", ":43:10: ", "`none` or `ptrace`"),
+        ("info,dwcp_link=debug", "loud", ":51:9: ", "expected error, warn, info, debug or trace"),
         ("\"90s\"", "\"0s\"", ":20:16: ", "from 1s to 86400s"),
-        ("dc-1", "dc 1", ":39:1: ", "1 to 64 characters"),
-        ("[log]", "[logs]", ":42:2: ", "unknown key `logs`"),
-        ("[log]", "[log", ":42:5: ", "expected `]`"),
+        ("dc-1", "dc 1", ":46:1: ", "1 to 64 characters"),
+        ("[log]", "[logs]", ":49:2: ", "unknown key `logs`"),
+        ("[log]", "[log", ":49:5: ", "expected `]`"),
     ] {
         let error = error(from, to);
         let (first, _) = error.split_once('\n').unwrap_or((&error, ""));

@@ -9,9 +9,9 @@ use super::run::{Run, Runs};
 /// All lengths are in pixels.
 const WIDTH: u32 = 1000;
 const LABELS: u32 = 190;
-const BARS: u32 = 300;
+const BARS: u32 = 290;
 /// For the figure behind a bar.
-const FIGURES: u32 = 95;
+const FIGURES: u32 = 110;
 const LINE: u32 = 20;
 const HEAD: u32 = 40;
 const GAP: u32 = 14;
