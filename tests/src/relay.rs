@@ -38,6 +38,7 @@ struct Connection {
     passed: AtomicU64,
     /// It stays open, and nothing comes through any more.
     stalled: AtomicBool,
+    ended: AtomicBool,
 }
 
 impl Relay {
@@ -83,7 +84,9 @@ impl Relay {
     /// Holds up the connection that has carried the most towards the destination: it stays open, and nothing comes through.
     pub fn stall_busiest(&self) {
         let connections = self.state.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        let flowing = connections.iter().filter(|connection| !connection.stalled.load(Ordering::SeqCst));
+        let over = |flag: &AtomicBool| flag.load(Ordering::SeqCst);
+        let flowing =
+            connections.iter().filter(|connection| !over(&connection.stalled) && !over(&connection.ended));
         if let Some(busiest) = flowing.max_by_key(|connection| connection.passed.load(Ordering::SeqCst)) {
             busiest.stalled.store(true, Ordering::SeqCst);
         }
@@ -131,6 +134,7 @@ impl State {
                     reset(near);
                     reset(far);
                 }
+                connection.ended.store(true, Ordering::SeqCst);
             });
         }
     }

@@ -189,7 +189,9 @@ pub(crate) async fn plan(
             false => notes.push(finding.to_string()),
         }
     }
-    let (link, why) = judge(shared, &dialler, met.rtt, spec.mode != ModeWish::Auto).await;
+    // Where the rate decides nothing, nothing is sent to find it; and a limit on what may be taken holds for a probe, too.
+    let decides = spec.mode == ModeWish::Auto && spec.path != PathWish::V1 && little(shared, spec).is_none();
+    let (link, why) = judge(shared, &dialler, met.rtt, decides).await;
     let (mode, mode_reason) = self::mode(shared, spec, link, why);
     let wish = wish(spec, mode);
     let theirs = met.welcome.offer.clone().unwrap_or_default();
@@ -236,10 +238,8 @@ pub(crate) fn mode(shared: &Shared, spec: &MigrateSpec, link: Mode, why: String)
         ModeWish::Internet => Mode::Internet,
         ModeWish::Datacenter => Mode::Datacenter,
         ModeWish::Auto => {
-            let limit = spec.bandwidth_limit.map(|limit| limit as f64);
             // A link of which no more may be taken is as slow.
-            let little = limit.filter(|limit| *limit < shared.config.bounds.enough());
-            return match little.filter(|_| link == Mode::Datacenter) {
+            return match little(shared, spec).filter(|_| link == Mode::Datacenter) {
                 Some(limit) => {
                     let limit = units::rate(limit);
                     (Mode::Internet, format!("no more than {limit} may be taken of the link"))
@@ -249,6 +249,11 @@ pub(crate) fn mode(shared: &Shared, spec: &MigrateSpec, link: Mode, why: String)
         }
     };
     (mode, format!("{} mode was asked for", mode.name()))
+}
+
+/// The limit on what may be taken of the link, bytes a second, where that is less than a datacenter's link carries.
+fn little(shared: &Shared, spec: &MigrateSpec) -> Option<f64> {
+    spec.bandwidth_limit.map(|limit| limit as f64).filter(|limit| *limit < shared.config.bounds.enough())
 }
 
 /// What the caller wishes for, with the mode that comes of it.
@@ -264,10 +269,10 @@ pub(crate) fn wish(spec: &MigrateSpec, mode: Mode) -> Wish {
     }
 }
 
-/// What kind of link it is, and why. With a mode by name the round trip decides: it is only policy that asks then.
-async fn judge(shared: &Shared, dialler: &Dialler, rtt: Duration, fixed: bool) -> (Mode, String) {
+/// What kind of link it is, and why. Where the rate decides nothing the round trip does: it is only policy that asks then.
+async fn judge(shared: &Shared, dialler: &Dialler, rtt: Duration, decides: bool) -> (Mode, String) {
     let bounds = shared.config.bounds;
-    if fixed || rtt >= bounds.rtt {
+    if !decides || rtt >= bounds.rtt {
         return bounds.judge(rtt, None);
     }
     match probe(dialler, Burst::QUICK).await {
