@@ -544,3 +544,19 @@ impl Body {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+
+    #[test]
+    fn fields_that_are_unknown_here_are_passed_over() {
+        let ack = Ack { next: 7, applied: 9, ..Ack::default() };
+        let mut newer = ack.encode_to_vec();
+        // Field 2047, a number.
+        newer.extend([0xf8, 0x7f, 5]);
+        assert_eq!(Ack::decode(newer.as_slice()), Ok(ack));
+    }
+}
