@@ -18,8 +18,8 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (7, "a refusal said again on a new connection counted as another one"),
     (41, "small chunks ran ahead of what the receiver reorders"),
     (102, "the second copy was dropped, then the first broke off, and nobody sent a third"),
-    (2938, "v3 was entered while the flag forbade it, and stayed for a second"),
-    (4933, "an order that came before the data path had begun was dropped"),
+    (555, "v3 was entered while the flag forbade it, and stayed for a second"),
+    (2608, "an order that came before the data path had begun was dropped"),
 ];
 
 fn holds(result: Result<End, Broken>) -> End {
