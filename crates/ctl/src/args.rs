@@ -140,12 +140,9 @@ pub(crate) struct IncomingArgs {
     pub(crate) json: bool,
 }
 
-/// Arguments of `migrate`.
+/// From where to where, and how: what `migrate` and `estimate` share.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "\
-Ctrl-C asks the agent to abort the migration and waits for that; a second Ctrl-C leaves at once. Neither harms the
-guest. Once the handover has begun the migration cannot be aborted any more: it ends by itself within moments.")]
-pub(crate) struct MigrateArgs {
+pub(crate) struct JourneyArgs {
     /// The VM's name, the same at both nodes.
     pub(crate) vm: VmName,
     #[command(flatten)]
@@ -168,15 +165,45 @@ pub(crate) struct MigrateArgs {
     /// Number of data connections; the agent chooses where absent.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) streams: Option<u16>,
+    /// The guest's writable disks are reachable from both nodes.
+    #[arg(long)]
+    pub(crate) shared_storage: bool,
+}
+
+impl JourneyArgs {
+    /// The request, as far as these say it.
+    pub(crate) fn spec(&self) -> v1::MigrateSpec {
+        v1::MigrateSpec {
+            vm: self.vm.to_string(),
+            vmm: self.vmm.request(),
+            to: self.to.node.to_string(),
+            to_address: self.to.address.to_string(),
+            path: v1::PathWish::from(self.path).into(),
+            mode: v1::ModeWish::from(self.mode).into(),
+            downtime_limit_ms: self.downtime_limit,
+            bandwidth_limit_bytes: self.bandwidth_limit.unwrap_or(0),
+            streams: self.streams.map_or(0, u32::from),
+            shared_storage: self.shared_storage,
+            memory_file: self.vmm.memory_file(),
+            ..v1::MigrateSpec::default()
+        }
+    }
+}
+
+/// Arguments of `migrate`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Ctrl-C asks the agent to abort the migration and waits for that; a second Ctrl-C leaves at once. Neither harms the
+guest. Once the handover has begun the migration cannot be aborted any more: it ends by itself within moments.")]
+pub(crate) struct MigrateArgs {
+    #[command(flatten)]
+    pub(crate) journey: JourneyArgs,
     /// Where the guest's pages are read.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) source: Source,
     /// Compare all RAM at both ends while both guests are paused (adds to the downtime).
     #[arg(long)]
     pub(crate) verify_ram: bool,
-    /// The guest's writable disks are reachable from both nodes.
-    #[arg(long)]
-    pub(crate) shared_storage: bool,
     /// What becomes of the source's VMM after success.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) on_success: Leave,
@@ -208,24 +235,14 @@ impl MigrateArgs {
     /// The request.
     pub(crate) fn spec(&self) -> v1::MigrateSpec {
         v1::MigrateSpec {
-            vm: self.vm.to_string(),
-            vmm: self.vmm.request(),
-            to: self.to.node.to_string(),
-            to_address: self.to.address.to_string(),
-            path: v1::PathWish::from(self.path).into(),
-            mode: v1::ModeWish::from(self.mode).into(),
-            downtime_limit_ms: self.downtime_limit,
-            bandwidth_limit_bytes: self.bandwidth_limit.unwrap_or(0),
-            streams: self.streams.map_or(0, u32::from),
             source: v1::SourceWish::from(self.source).into(),
             verify_ram: self.verify_ram,
-            shared_storage: self.shared_storage,
             on_success: v1::Leave::from(self.on_success).into(),
             on_abort: v1::Leave::from(self.on_abort).into(),
             deadline_ms: self.deadline.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX).max(1)),
             id: self.id.as_ref().map(ToString::to_string).unwrap_or_default(),
-            memory_file: self.vmm.memory_file(),
             retry: self.retry,
+            ..self.journey.spec()
         }
     }
 }
@@ -233,57 +250,14 @@ impl MigrateArgs {
 /// Arguments of `estimate`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Takes some ten seconds: it looks at a sample of the guest's memory three times, and probes the link for three seconds, as the
+The VM need not be awaited at the destination yet. Takes some ten seconds: it looks at a sample of the guest's memory three times, and probes the link for three seconds, as the
 migration would use it. Exit status 1 where the migration would not converge, or would not be started.")]
 pub(crate) struct EstimateArgs {
-    /// The VM's name, the same at both nodes.
-    pub(crate) vm: VmName,
     #[command(flatten)]
-    pub(crate) vmm: VmmArgs,
-    /// The destination node and the data address of its agent. The VM need not be awaited there yet.
-    #[arg(long, value_name = "NODE=IP:PORT")]
-    pub(crate) to: Target,
-    /// The path; auto takes v3 where flag, policy and peer allow it.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) path: PathChoice,
-    /// The mode of v3; auto measures the link.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) mode: Mode,
-    /// The longest pause of the guest that is accepted.
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = downtime)]
-    pub(crate) downtime_limit: u32,
-    /// Upper bound on the wire, such as 200Mbit or 25MB (a second).
-    #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
-    pub(crate) bandwidth_limit: Option<u64>,
-    /// Number of data connections; the agent chooses where absent.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    pub(crate) streams: Option<u16>,
-    /// The guest's writable disks are reachable from both nodes.
-    #[arg(long)]
-    pub(crate) shared_storage: bool,
+    pub(crate) journey: JourneyArgs,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-impl EstimateArgs {
-    /// The request.
-    pub(crate) fn spec(&self) -> v1::MigrateSpec {
-        v1::MigrateSpec {
-            vm: self.vm.to_string(),
-            vmm: self.vmm.request(),
-            to: self.to.node.to_string(),
-            to_address: self.to.address.to_string(),
-            path: v1::PathWish::from(self.path).into(),
-            mode: v1::ModeWish::from(self.mode).into(),
-            downtime_limit_ms: self.downtime_limit,
-            bandwidth_limit_bytes: self.bandwidth_limit.unwrap_or(0),
-            streams: self.streams.map_or(0, u32::from),
-            shared_storage: self.shared_storage,
-            memory_file: self.vmm.memory_file(),
-            ..v1::MigrateSpec::default()
-        }
-    }
 }
 
 /// Arguments of `status`.

@@ -36,7 +36,7 @@ struct Estimate<'a> {
 
 /// Runs the command.
 pub(crate) async fn run(mut client: Client, args: &EstimateArgs) -> Result<Exit, CtlError> {
-    let request = v1::EstimateRequest { spec: Some(args.spec()) };
+    let request = v1::EstimateRequest { spec: Some(args.journey.spec()) };
     let e = client.estimate(within(SLOW, request)).await?.into_inner();
     match args.json {
         true => json::print(&object(&e)),

@@ -11,7 +11,7 @@ use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dwcp_link::{DialOptions, Identity, ListenOptions, Listener};
+use dwcp_link::{Identity, ListenOptions, Listener};
 use dwcp_proto::handover::Resolution;
 use dwcp_proto::{MigrationId, Path, Side, VmName};
 use tokio::sync::{oneshot, watch};
@@ -21,7 +21,7 @@ use crate::config::{CheckReport, EngineConfig};
 use crate::error::{Blame, Failure};
 use crate::estimate::Estimate;
 use crate::explain::Tale;
-use crate::handshake::{Dialler, nonce};
+use crate::handshake::nonce;
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::reins::{Order, reins};
@@ -232,11 +232,7 @@ impl Engine {
             Failure::new("peer_unknown", Blame::Operator, text, "ask at the other node, too")
         };
         let (to, addr) = tale.explanation.peer.clone().zip(tale.peer_addr).ok_or_else(unknown)?;
-        let shared = &self.shared;
-        let (identity, key) = (shared.identity.clone(), shared.config.key.clone());
-        let options = DialOptions::default();
-        let dialler = Dialler { addr, identity, key, to, options, congestion: shared.config.congestion };
-        inquiry::ask(&dialler, &tale.explanation).await
+        inquiry::ask(&self.shared.dialler(addr, to), &tale.explanation).await
     }
 
     /// An operator decides where the agents may not. Returns what the decision does; with `act` it has been taken.

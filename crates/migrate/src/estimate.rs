@@ -11,7 +11,6 @@ mod content;
 use std::time::Duration;
 
 use dwcp_hde::Choice as Compression;
-use dwcp_link::DialOptions;
 use dwcp_proto::forecast::{Forecast, Memory, Way, forecast, hot_set};
 use dwcp_proto::message::{Choice, Offer};
 use dwcp_proto::negotiate::choose;
@@ -146,14 +145,7 @@ async fn alone(shared: &Shared, spec: &MigrateSpec) -> Result<Known, Failure> {
     let guest = Guest::connect(path).await?;
     let qemu = guest.reach().await.map_err(qmp_failure)?;
     let description = qemu.describe().await.map_err(qmp_failure)?;
-    let dialler = Dialler {
-        addr: spec.addr,
-        identity: shared.identity.clone(),
-        key: shared.config.key.clone(),
-        to: spec.to.clone(),
-        options: DialOptions::default(),
-        congestion: shared.config.congestion,
-    };
+    let dialler = shared.dialler(spec.addr, spec.to.clone());
     let quick = probe(&dialler, Burst::QUICK).await?;
     let rtt = quick.rtt.unwrap_or_default();
     let (link, why) = shared.config.bounds.judge(rtt, Some(quick.best));

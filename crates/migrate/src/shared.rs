@@ -6,17 +6,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dwcp_hde::HDE_VERSION;
-use dwcp_link::Identity;
+use dwcp_link::{DialOptions, Identity};
 use dwcp_proto::message::{MINOR, Offer};
 use dwcp_proto::negotiate::{MAX_STREAMS, MIN_WINDOW};
-use dwcp_proto::{Codec, MigrationId, Path, SessionId, VmName};
+use dwcp_proto::{Codec, MigrationId, NodeName, Path, SessionId, VmName};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
 use crate::config::{EngineConfig, Gate, V1Policy};
 use crate::error::{Blame, Failure};
 use crate::guest::Guest;
-use crate::handshake::{Arrival, Session};
+use crate::handshake::{Arrival, Dialler, Session};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::probe::MAX_PROBES;
@@ -133,6 +133,18 @@ impl Shared {
             epoch_incarnation: epoch.0,
             epoch_counter: epoch.1,
             ..Offer::default()
+        }
+    }
+
+    /// Who connects to the agent of node `to` at `addr`, as this node.
+    pub(crate) fn dialler(&self, addr: SocketAddr, to: NodeName) -> Dialler {
+        Dialler {
+            addr,
+            identity: self.identity.clone(),
+            key: self.config.key.clone(),
+            to,
+            options: DialOptions::default(),
+            congestion: self.config.congestion,
         }
     }
 

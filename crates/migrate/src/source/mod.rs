@@ -20,7 +20,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dwcp_hde::Layers;
-use dwcp_link::DialOptions;
 use dwcp_proto::handover::{AbortReason, Afterwards, Source, Transfer};
 use dwcp_proto::journal::{Job, Prepared};
 use dwcp_proto::negotiate::Wish;
@@ -241,14 +240,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
     let Some(addr) = peer_addr else {
         return report.end(Phase::Failed, Some(recovery::undecided(&"the destination's address is missing")));
     };
-    let dialler = Dialler {
-        addr,
-        identity: shared.identity.clone(),
-        key: session.key.clone(),
-        to: session.peer.node().clone(),
-        options: DialOptions::default(),
-        congestion: shared.config.congestion,
-    };
+    let dialler = shared.dialler(addr, session.peer.node().clone());
     let (data_tx, _data) = mpsc::channel(DATA_EVENTS);
     let counters = report.counters.clone();
     let origin = Origin::Dial(dialler.clone());

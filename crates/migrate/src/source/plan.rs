@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use dwcp_link::DialOptions;
 use dwcp_proto::message::{Choice, Hello, Offer};
 use dwcp_proto::mode::ModeChoice;
 use dwcp_proto::negotiate::{Impossible, Wish, choose};
@@ -132,14 +131,7 @@ pub(crate) async fn plan(
     let description = qemu.describe().await.map_err(qmp_failure)?;
     let guest_ran = description.run_state == RunState::Running;
 
-    let dialler = Dialler {
-        addr: spec.addr,
-        identity: shared.identity.clone(),
-        key: shared.config.key.clone(),
-        to: spec.to.clone(),
-        options: DialOptions::default(),
-        congestion: shared.config.congestion,
-    };
+    let dialler = shared.dialler(spec.addr, spec.to.clone());
     let offer = shared.offer_as_source();
     let hello = Hello {
         source: shared.config.key.node().to_string(),
