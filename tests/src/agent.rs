@@ -39,6 +39,8 @@ pub struct AgentConfig {
     pub data: SocketAddr,
     /// `[flags] source`.
     pub flags: String,
+    /// `[flags] ca`; the system's where `None`.
+    pub flags_ca: Option<PathBuf>,
     /// `[flags] without`: the path where the source is `none`.
     pub without: &'static str,
     /// `[policy] v1`.
@@ -65,6 +67,7 @@ impl Default for AgentConfig {
         AgentConfig {
             data: SocketAddr::from(([127, 0, 0, 1], 0)),
             flags: "none".into(),
+            flags_ca: None,
             without: "v3",
             v1: "any",
             v1_plain: false,
@@ -82,12 +85,13 @@ impl AgentConfig {
     fn toml(&self, node: &str, dir: &Path) -> String {
         let AgentConfig { data, flags, without, v1, v1_plain, datacenter_encryption, extra, .. } = self;
         let path = |name: &str| dir.join(name).display().to_string();
+        let ca = self.flags_ca.as_ref().map_or_else(String::new, |ca| format!("ca = \"{}\"\n", ca.display()));
         format!(
             "node = \"{node}\"\n\
              state_dir = \"{state}\"\n\
              [listen]\ndata = \"{data}\"\nrpc = \"unix:{rpc}\"\nmetrics = \"127.0.0.1:0\"\n\
              [identity]\nkey = \"{key}\"\npeers = \"{peers}\"\n\
-             [flags]\nsource = \"{flags}\"\nwithout = \"{without}\"\n\
+             [flags]\nsource = \"{flags}\"\nwithout = \"{without}\"\n{ca}\
              [policy]\nv1 = \"{v1}\"\nv1_plain = {v1_plain}\ndatacenter_encryption = \"{datacenter_encryption}\"\n\
              {extra}",
             state = self.state_dir(dir).display(),

@@ -150,14 +150,9 @@ impl State {
     ) -> std::io::Result<()> {
         let mut buffer = vec![0; 64 << 10];
         loop {
-            let read = self.patiently(cuts, || match stalled.load(Ordering::SeqCst) {
-                false => from.read(&mut buffer),
-                true => {
-                    std::thread::sleep(PERIOD);
-                    Err(ErrorKind::WouldBlock.into())
-                }
-            })?;
+            let read = self.patiently(cuts, || from.read(&mut buffer))?;
             if read == 0 {
+                self.while_stalled(cuts, stalled)?;
                 return to.shutdown(std::net::Shutdown::Write);
             }
             // Counted first: who has read a byte finds it counted.
@@ -167,10 +162,23 @@ impl State {
             }
             let mut rest = &buffer[..read];
             while !rest.is_empty() {
+                self.while_stalled(cuts, stalled)?;
                 let written = self.patiently(cuts, || to.write(rest))?;
                 rest = &rest[written..];
             }
         }
+    }
+
+    /// Waits for a stall to end, or for a cut. To be asked after each read: that may have begun before the stall.
+    fn while_stalled(&self, cuts: u64, stalled: &AtomicBool) -> std::io::Result<()> {
+        let through = || match stalled.load(Ordering::SeqCst) {
+            false => Ok(0),
+            true => {
+                std::thread::sleep(PERIOD);
+                Err(ErrorKind::WouldBlock.into())
+            }
+        };
+        self.patiently(cuts, through).map(|_| ())
     }
 
     /// Tries again as often as the time runs out, until a cut.

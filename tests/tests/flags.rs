@@ -5,17 +5,20 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use dwcp_tests::{Agent, AgentConfig, target_dir, until};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use serde_json::Value;
 
 /// Longer than any of it takes, on a busy machine too.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Where everything is.
+const HOST: &str = "127.0.0.1";
 
 #[test]
 fn a_flag_server_is_followed_and_its_silence_costs_the_lease() -> Result<()> {
@@ -63,13 +66,25 @@ fn a_flag_server_is_followed_and_its_silence_costs_the_lease() -> Result<()> {
     until_metric(&agent, "dwcp_node_path{path=\"v1\"} 1")
 }
 
-/// The real control plane, with a key of its own: it hears from the node what it has applied.
+/// The real control plane, over TLS and with a key of its own: it hears from the node what it has applied.
 #[test]
 fn the_control_plane_knows_who_has_applied_what() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let control = Control::start(dir.path())?;
     let mut agent = Agent::prepare(dir.path(), "hv-01", AgentConfig::default())?;
-    agent.config_mut().flags = format!("http://{}", control.address);
+    agent.config_mut().flags = format!("https://{}", control.address);
+    // Somebody else's certificate: what this server says is not even read.
+    let other = dir.path().join("other.pem");
+    std::fs::write(&other, rcgen::generate_simple_self_signed([HOST.to_owned()])?.cert.pem())?;
+    agent.config_mut().flags_ca = Some(other);
+    agent.start()?;
+    until_flags(&agent, "its distrust", |flags| {
+        flags["error"].as_str().is_some_and(|error| error.contains("certificate"))
+    })?;
+    ensure!(flags_of(&agent, "reason_code")? == "flag_no_answer");
+    agent.stop()?;
+
+    agent.config_mut().flags_ca = Some(control.certificate.clone());
     agent.config_mut().extra = "[labels]\ndatacenter = \"dc-1\"\n".to_owned();
     agent.start()?;
     until_flags(&agent, "the first answer", |flags| flags["reason_code"] == "flag_disabled")?;
@@ -196,6 +211,9 @@ struct Control {
     child: Child,
     address: String,
     token: String,
+    /// Its own, which it is known by.
+    certificate: PathBuf,
+    tls: Arc<ClientConfig>,
 }
 
 impl Control {
@@ -211,14 +229,29 @@ impl Control {
             .arg(&tokens)
             .output()?;
         let token = String::from_utf8(made.stdout)?.lines().last().context("no token")?.to_owned();
+        let signed = rcgen::generate_simple_self_signed([HOST.to_owned()])?;
+        let (certificate, key) = (dir.join("cert.pem"), dir.join("key.pem"));
+        std::fs::write(&certificate, signed.cert.pem())?;
+        std::fs::write(&key, signed.signing_key.serialize_pem())?;
+        let mut roots = RootCertStore::empty();
+        roots.add(signed.cert.der().clone())?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let tls = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
         let child = Command::new(&program)
             .args(["serve", "--listen", "127.0.0.1:0", "--state"])
             .arg(&state)
             .arg("--admin-token-file")
             .arg(&tokens)
+            .arg("--tls-cert")
+            .arg(&certificate)
+            .arg("--tls-key")
+            .arg(&key)
             .stderr(Stdio::null())
             .spawn()?;
-        let mut control = Control { child, address: String::new(), token };
+        let mut control = Control { child, address: String::new(), token, certificate, tls: Arc::new(tls) };
         control.address = until("dwcp-control's address", PATIENCE, || {
             let Ok(text) = std::fs::read_to_string(state.join("listen.json")) else { return Ok(None) };
             let listen: Value = serde_json::from_str(&text)?;
@@ -236,8 +269,10 @@ impl Control {
     }
 
     fn ask(&self, method: &str, path: &str, body: &str) -> Result<Value> {
-        let mut stream = TcpStream::connect(&self.address)?;
+        let stream = TcpStream::connect(&self.address)?;
         stream.set_read_timeout(Some(PATIENCE))?;
+        let session = ClientConnection::new(Arc::clone(&self.tls), HOST.try_into()?)?;
+        let mut stream = StreamOwned::new(session, stream);
         let (token, length) = (&self.token, body.len());
         write!(
             stream,

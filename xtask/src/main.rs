@@ -3,6 +3,7 @@
 mod apt;
 mod check;
 mod compare;
+mod coverage;
 mod cpio;
 mod deb;
 mod demo;
@@ -44,6 +45,8 @@ enum Chore {
     Faults(faults::Arguments),
     /// Migrate and kill many times, and say what bound on the failure rate that shows; writes docs/soak.md
     Soak(soak::Arguments),
+    /// Count the lines that the tests run; builds everything anew, with counters, and takes half an hour
+    Coverage(coverage::Arguments),
     /// Hold a drill with a fleet of simulated nodes; takes minutes
     #[command(subcommand)]
     Drill(drill::Drill),
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Chore::Fuzz { seconds } => fuzz::fuzz(seconds),
         Chore::Faults(arguments) => faults::faults(&arguments),
         Chore::Soak(arguments) => soak::soak(&arguments),
+        Chore::Coverage(arguments) => coverage::coverage(&arguments),
         Chore::Drill(drill) => drill::drill(&drill),
         Chore::Compare(arguments) => compare::compare(&arguments),
         Chore::Deb => deb::deb().map(|package| println!("{}", package.display())),

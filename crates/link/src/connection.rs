@@ -86,7 +86,7 @@ impl Connection {
 
     /// A handle that measures and adjusts the connection while it is in use.
     pub fn gauge(&self) -> Gauge {
-        self.reader.socket.as_ref().map_or_else(Gauge::none, Socket::gauge)
+        self.reader.gauge()
     }
 
     /// The two directions, to be used at once. The connection closes when both are dropped; a plain one tells the peer
@@ -197,6 +197,13 @@ pub struct Reader {
     socket: Option<Socket>,
     /// Set if we dialled over TLS: then the refusal of our key arrives here.
     dialled: Option<Dialled>,
+}
+
+impl Reader {
+    /// As [`Connection::gauge`].
+    pub fn gauge(&self) -> Gauge {
+        self.socket.as_ref().map_or_else(Gauge::none, Socket::gauge)
+    }
 }
 
 enum ReadHalf {

@@ -18,7 +18,7 @@ use crate::tcp::{Socket, Tuning};
 use crate::tls;
 
 /// Between two attempts to connect that go on beside each other.
-const BESIDE: Duration = Duration::from_millis(800);
+const BESIDE: Duration = Duration::from_millis(400);
 
 /// How long to try, and how to tune what comes of it.
 #[derive(Debug, Clone)]

@@ -115,6 +115,13 @@ impl Gauge {
         })
     }
 
+    /// Whether the kernel has sent the same bytes again at least twice in vain, and waits twice as long before each further try: over a link
+    /// that is back it may then stay silent for as long again as the link was away. `false` without a socket.
+    pub fn backs_off(&self) -> bool {
+        let info = self.0.upgrade().and_then(|socket| tcp_info(socket.as_fd()).ok());
+        info.is_some_and(|info| info.tcpi_backoff >= 2)
+    }
+
     /// Sets `TCP_NOTSENT_LOWAT`; `None` goes back to the system's default. Nothing happens without a socket.
     pub fn set_notsent_lowat(&self, bytes: Option<u32>) -> io::Result<()> {
         match self.0.upgrade() {

@@ -4,6 +4,7 @@
 //! broke is gone: whoever sees [`Event::Up`] says again what the other may have missed.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dwcp_link::{Reader, Writer};
@@ -23,7 +24,9 @@ use crate::wire::{Frame, WireError, read_frame, refusal_failure, write_message};
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// After so long without a word from the peer its connection counts as dead.
 const SILENCE: Duration = Duration::from_secs(4);
-/// Between two attempts to connect again: data flows again well within a second of the link's return.
+/// The same, if what was said to the peer meanwhile did not even reach its kernel.
+const UNHEARD: Duration = Duration::from_secs(1);
+/// From one attempt to connect to the next: data flows again well within a second of the link's return.
 pub(crate) const RETRY: Duration = Duration::from_millis(200);
 /// For so long nothing may come on a data connection, while the destination waits for just what was sent there, before it counts as
 /// stalled. Beyond what TCP needs to send three times again what a lossy link of 300 ms lost.
@@ -179,6 +182,7 @@ impl Server {
     /// The next connection; `None` once nobody waits for it any more.
     async fn again(&mut self, origin: &mut Origin) -> Option<(Reader, Writer)> {
         loop {
+            let next = tokio::time::Instant::now() + RETRY;
             let Server { session, messages, events, .. } = self;
             let attempt = async {
                 match origin {
@@ -213,7 +217,7 @@ impl Server {
                 Ok(halves) => return halves,
                 Err(error) if error.is_transient() => {
                     debug!(%error, "control connection not made again yet");
-                    sleep(RETRY).await;
+                    sleep_until(next).await;
                 }
                 // Whoever decided already must not give up: the peer may come to know the session again.
                 Err(error) => {
@@ -226,11 +230,18 @@ impl Server {
         }
     }
 
+    fn elapsed_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
     /// Serves one connection until it fails; `None` once nobody needs it any more.
     async fn serve(&mut self, (mut reader, mut writer): (Reader, Writer)) -> Option<WireError> {
         let (pongs, mut pings) = mpsc::channel::<Ping>(4);
-        let read =
-            read_all(&mut reader, &self.events, self.data.as_ref(), pongs, self.started, &self.counters);
+        let gauge = reader.gauge();
+        // In microseconds since the start.
+        let heard = AtomicU64::new(self.elapsed_us());
+        let data = self.data.as_ref();
+        let read = read_all(&mut reader, &self.events, data, pongs, self.started, &self.counters, &heard);
         tokio::pin!(read);
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -252,7 +263,11 @@ impl Server {
                     Body::Ack(ack)
                 }
                 _ = heartbeat.tick() => {
-                    Body::Ping(Ping { token: self.started.elapsed().as_micros() as u64 })
+                    let silent = self.elapsed_us().saturating_sub(heard.load(Ordering::Relaxed));
+                    if Duration::from_micros(silent) >= UNHEARD && gauge.backs_off() {
+                        return Some(WireError::Stalled);
+                    }
+                    Body::Ping(Ping { token: self.elapsed_us() })
                 }
             };
             let write = write_message(&mut writer, body);
@@ -286,6 +301,7 @@ async fn read_all(
     pongs: mpsc::Sender<Ping>,
     started: Instant,
     counters: &Counters,
+    heard: &AtomicU64,
 ) -> Option<WireError> {
     let mut before = None;
     loop {
@@ -294,6 +310,7 @@ async fn read_all(
             Ok(Err(error)) => return Some(error),
             Ok(Ok(frame)) => frame,
         };
+        heard.store(started.elapsed().as_micros() as u64, Ordering::Relaxed);
         let body = match frame {
             Frame::Message(body) => body,
             Frame::Chunk(_) => {

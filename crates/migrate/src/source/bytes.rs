@@ -3,7 +3,7 @@
 //! What was written stays on the reel until the destination reports it as applied, so that a new connection goes on where
 //! the old one was lost. What may be in flight is bounded; beyond it nothing more is read from the VMM.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::Leg;
@@ -14,7 +14,7 @@ use dwcp_proto::pace::Pace;
 use dwcp_proto::path::Change;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::info;
 
 use super::Outgoing;
@@ -41,13 +41,12 @@ pub(crate) async fn send(
     helm: &mut Helm,
 ) -> Result<(Carried, Ring), Failure> {
     let mut ring = Ring::new(out.clone(), leg);
-    let (mut again, mut connected) = (false, false);
+    let (mut next, mut connected) = (Instant::now(), false);
     loop {
-        let pause = again;
+        let begin = next;
+        next = Instant::now().max(begin) + RETRY;
         let join = async {
-            if pause {
-                sleep(RETRY).await;
-            }
+            sleep_until(begin).await;
             out.dialler.join(&out.session, leg, Purpose::Bytes, 0).await
         };
         tokio::pin!(join);
@@ -88,7 +87,6 @@ pub(crate) async fn send(
             return Err(error.failure());
         }
         info!(%error, "v1 connection lost or not made");
-        again = true;
     }
 }
 
@@ -275,12 +273,17 @@ impl Ring {
                 segment = reel.next(), if has_room => if segment.is_some() {
                     self.busy_since.get_or_insert_with(Instant::now);
                 },
-                said = peer.recv() => if let Some(change) = self.hear(said, reel, control, helm).await? {
-                    gauge.cut();
-                    return Ok(Ended::Leg(Carried::Turn(change)));
-                } else if std::mem::take(&mut self.stalled) {
-                    gauge.cut();
-                    return Ok(Ended::Connection(WireError::Stalled));
+                said = peer.recv() => {
+                    // Then the link is back, and the kernel's next try may be far off: a new connection goes on at once.
+                    let late = matches!(said, Some(DataEvent::Up)) && gauge.backs_off();
+                    if let Some(change) = self.hear(said, reel, control, helm).await? {
+                        gauge.cut();
+                        return Ok(Ended::Leg(Carried::Turn(change)));
+                    }
+                    if late || std::mem::take(&mut self.stalled) {
+                        gauge.cut();
+                        return Ok(Ended::Connection(WireError::Stalled));
+                    }
                 },
                 Ok(()) = self.receipt.changed() => {}
                 error = &mut silence => return Ok(Ended::Connection(error)),

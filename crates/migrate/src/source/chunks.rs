@@ -27,7 +27,7 @@ use futures_util::stream::FuturesOrdered;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{sleep, sleep_until};
 use tracing::{Instrument, debug, info};
 
 use super::Outgoing;
@@ -98,7 +98,8 @@ pub(crate) async fn send(
                     stage.cut();
                     return Ok((Carried::Turn(restarted(leg)), stage));
                 }
-                Some(DataEvent::Ack(_) | DataEvent::Up | DataEvent::Switched(_)) => {}
+                Some(DataEvent::Up) => stage.link_is_back(),
+                Some(DataEvent::Ack(_) | DataEvent::Switched(_)) => {}
                 None => return Err(ended()),
             },
             event = events.recv() => match event {
@@ -436,6 +437,14 @@ impl Stage {
         }
     }
 
+    /// The control connection stands again: what the kernel waits to try again on others goes over new ones at once.
+    fn link_is_back(&self) {
+        for (link, (_, gauge)) in self.links.iter().filter(|(_, (_, gauge))| gauge.backs_off()) {
+            info!(%link, "data connection is given up: the link is back, and its next try is not");
+            gauge.cut();
+        }
+    }
+
     /// Nothing is on its way any more.
     fn idle(&mut self) {
         if let Some(since) = self.busy_since.take() {
@@ -499,6 +508,7 @@ fn broken(error: SenderError) -> Failure {
 async fn serve_link(out: Outgoing, leg: Leg, link: LinkId, events: mpsc::Sender<LinkEvent>) {
     let dialler: &Dialler = &out.dialler;
     loop {
+        let next = tokio::time::Instant::now() + RETRY;
         let error = match dialler.join(&out.session, &leg, Purpose::Chunks, link.0.into()).await {
             Ok((reader, writer, _, gauge)) => {
                 let (chunks_tx, chunks) = mpsc::channel(LINK_QUEUE as usize);
@@ -521,7 +531,7 @@ async fn serve_link(out: Outgoing, leg: Leg, link: LinkId, events: mpsc::Sender<
             let _ = events.send(LinkEvent::Failed(error.failure())).await;
             return;
         }
-        sleep(RETRY).await;
+        sleep_until(next).await;
     }
 }
 
