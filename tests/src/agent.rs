@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
+use crate::faults::OFF;
 use crate::kit::target_dir;
 use crate::netns::{entering, within};
 use crate::wait::until;
@@ -73,7 +74,8 @@ impl Default for AgentConfig {
             v1_plain: false,
             datacenter_encryption: "tls",
             state_dir: None,
-            program: "dwcpd",
+            // Which is inherited.
+            program: if std::env::var_os(OFF).is_some() { "dwcpd-faulty" } else { "dwcpd" },
             env: Vec::new(),
             namespace: None,
             extra: String::new(),

@@ -267,9 +267,68 @@ pub const FAULTS: &[FaultRow] = &[
     },
 ];
 
+/// A mechanism of the agents that can be switched off, and tests that have to fail without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Without {
+    /// Its name in `dwcp_proto::fault::Mechanism`.
+    pub mechanism: &'static str,
+    /// Tests of the package `dwcp-tests`, by the last parts of their names; each of them has to fail.
+    pub tests: &'static [&'static str],
+}
+
+/// All mechanisms that can be switched off.
+pub const WITHOUT: &[Without] = &[
+    Without { mechanism: "chunk_signature", tests: &["sig_forge", "wrong_signer"] },
+    Without { mechanism: "payload_digest", tests: &["payload_flip"] },
+    Without { mechanism: "chain", tests: &["omit", "reorder"] },
+    Without { mechanism: "old_round", tests: &["old_round"] },
+    Without { mechanism: "equivocation", tests: &["equivocation"] },
+    Without { mechanism: "word_signature", tests: &["reflect"] },
+    Without { mechanism: "receipt", tests: &["forged_receipt"] },
+    Without { mechanism: "join_signature", tests: &["v1_hijack"] },
+    Without {
+        mechanism: "resume",
+        tests: &[
+            "v1_goes_on_after_its_link_was_cut",
+            "v3_goes_on_after_its_links_were_cut",
+            "a_lost_receipt",
+            "a_lost_commit",
+            "a_lost_last_word",
+        ],
+    },
+    Without { mechanism: "give_up", tests: &["a_black_hole_in_one_direction"] },
+    Without { mechanism: "stall", tests: &["a_stream_that_stalls"] },
+    Without { mechanism: "say_again", tests: &["a_lost_receipt", "a_lost_commit", "a_lost_last_word"] },
+    Without {
+        mechanism: "recovery",
+        tests: &[
+            "a_source_agent_that_dies_at_any_moment",
+            "a_destination_agent_that_dies_at_any_moment",
+            "a_torn_journal",
+        ],
+    },
+    Without { mechanism: "torn_line", tests: &["a_torn_journal"] },
+    Without { mechanism: "journal_failure", tests: &["a_full_disk", "a_disk_that_does_not_sync"] },
+    Without { mechanism: "switchover_patience", tests: &["a_link_that_is_dark_at_switchover"] },
+    Without { mechanism: "back_pressure", tests: &["a_vmm_that_stops_reading"] },
+    Without { mechanism: "idempotence", tests: &["a_cancel_at_any_moment"] },
+];
+
+/// The variable that names the mechanism which all agents of a test go without.
+pub const OFF: &str = "DWCP_OFF";
+
 #[cfg(test)]
 mod tests {
+    use dwcp_proto::fault::Mechanism;
+
     use super::*;
+
+    #[test]
+    fn each_mechanism_that_can_be_off_has_a_test_that_misses_it() {
+        let named: Vec<_> = WITHOUT.iter().map(|without| without.mechanism).collect();
+        assert_eq!(named, Mechanism::ALL.map(Mechanism::name));
+        assert!(WITHOUT.iter().all(|without| !without.tests.is_empty()));
+    }
 
     #[test]
     fn rows_have_names_of_their_own() {

@@ -37,7 +37,7 @@ mod watch;
 
 pub use agent::{Agent, AgentConfig, CtlOutput, Listen};
 pub use cgroup::MemoryGroup;
-pub use faults::{FAULTS, FaultRow, Shown};
+pub use faults::{FAULTS, FaultRow, OFF, Shown, WITHOUT, Without};
 pub use guest::{GuestLoad, Mix, Report, SerialLog};
 pub use kit::{Kit, QemuVersion, SKIPPED, in_ci, skip, target_dir};
 pub use migrate::{begin_plain_migration, end_of_plain_migration, plain_migration};

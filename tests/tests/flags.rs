@@ -82,7 +82,7 @@ fn the_control_plane_knows_who_has_applied_what() -> Result<()> {
         flags["error"].as_str().is_some_and(|error| error.contains("certificate"))
     })?;
     ensure!(flags_of(&agent, "reason_code")? == "flag_no_answer");
-    agent.stop()?;
+    agent.kill();
 
     agent.config_mut().flags_ca = Some(control.certificate.clone());
     agent.config_mut().extra = "[labels]\ndatacenter = \"dc-1\"\n".to_owned();

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use dwcp_tests::{FAULTS, FaultRow, REPORT, Shown, target_dir};
+use dwcp_tests::{FAULTS, FaultRow, OFF, REPORT, Shown, WITHOUT, Without, target_dir};
 use serde_json::Value;
 
 use crate::run::cargo;
@@ -29,9 +29,12 @@ pub(crate) struct Arguments {
     /// Also the line that is dark for 20 minutes, three times
     #[arg(long, requires = "long")]
     twenty_minutes: bool,
-    /// Only these rows, by their names
-    #[arg(long, value_name = "ROW")]
+    /// Only these rows, by their names; with --without only these mechanisms
+    #[arg(long, value_name = "NAME")]
     only: Vec<String>,
+    /// Instead: switch each mechanism off in turn and run its tests, which have to fail
+    #[arg(long, conflicts_with = "long")]
+    without: bool,
 }
 
 /// Runs the tests of the table's rows and prints it.
@@ -39,10 +42,12 @@ pub(crate) fn faults(arguments: &Arguments) -> Result<()> {
     setup_or_skip()?;
     build_programs()?;
     build_faulty()?;
-    let rows: Vec<&FaultRow> = FAULTS
-        .iter()
-        .filter(|row| arguments.only.is_empty() || arguments.only.iter().any(|name| name == row.name))
-        .collect();
+    let asked = |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|only| only == name);
+    if arguments.without {
+        let without: Vec<&Without> = WITHOUT.iter().filter(|without| asked(without.mechanism)).collect();
+        return without_each(&without);
+    }
+    let rows: Vec<&FaultRow> = FAULTS.iter().filter(|row| asked(row.name)).collect();
     let wanted = |row: &FaultRow| row.name != TWENTY_MINUTES || arguments.twenty_minutes;
     let names = |long: bool| -> Vec<&str> {
         let tests = rows.iter().filter(|row| wanted(row)).flat_map(|row| match row.shown {
@@ -71,7 +76,31 @@ pub(crate) fn faults(arguments: &Arguments) -> Result<()> {
     }
 }
 
-/// Runs tests, chosen by the harness's arguments `how`, and gives which of these names passed.
+/// Runs the tests of each mechanism with agents that go without it, and prints which failed, as they all have to.
+fn without_each(all: &[&Without]) -> Result<()> {
+    println!("| without | test | |\n|---|---|---|");
+    let nowhere = target_dir()?.join("without.jsonl");
+    let mut missed = 0;
+    for Without { mechanism, tests } in all {
+        let off = [(OFF.to_owned(), (*mechanism).to_owned())];
+        let (results, _) = outcomes(tests, tests, &off, LONG, &nowhere)?;
+        for test in *tests {
+            let word = match results.get(*test) {
+                Some(false) => "fails",
+                Some(true) => "PASSES: shows nothing",
+                None => "not run",
+            };
+            missed += usize::from(word != "fails");
+            println!("| {} | {test} | {word} |", mechanism.replace('_', " "));
+        }
+    }
+    match missed {
+        0 => Ok(()),
+        missed => bail!("{missed} tests do not miss what they are there for"),
+    }
+}
+
+/// Runs tests, chosen by the harness's arguments `how`, and gives which of these names passed. Prints what was said where one did not.
 pub(crate) fn run_tests(
     names: &[&str],
     how: &[&str],
@@ -79,8 +108,24 @@ pub(crate) fn run_tests(
     limit: Duration,
     report: &Path,
 ) -> Result<BTreeMap<String, bool>> {
+    let (results, said) = outcomes(names, how, variables, limit, report)?;
+    if results.values().any(|ok| !ok) {
+        print!("{said}");
+    }
+    Ok(results)
+}
+
+/// As [`run_tests`], with what the tests said.
+fn outcomes(
+    names: &[&str],
+    how: &[&str],
+    variables: &[(String, String)],
+    limit: Duration,
+    report: &Path,
+) -> Result<(BTreeMap<String, bool>, String)> {
+    let mut results = BTreeMap::new();
     if names.is_empty() {
-        return Ok(BTreeMap::new());
+        return Ok((results, String::new()));
     }
     // The end-to-end tests must not share the cores.
     let output = cargo(limit)
@@ -91,8 +136,7 @@ pub(crate) fn run_tests(
         .envs(variables.iter().map(|(name, value)| (name, value)))
         .stderr(std::process::Stdio::inherit())
         .output()?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    let mut results = BTreeMap::new();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
     for line in said.lines() {
         let Some((path, outcome)) = line.strip_prefix("test ").and_then(|line| line.split_once(" ... "))
         else {
@@ -103,11 +147,7 @@ pub(crate) fn run_tests(
             results.insert(name.to_owned(), outcome.ends_with("ok"));
         }
     }
-    // What a failed test had to say.
-    if !output.status.success() {
-        print!("{said}");
-    }
-    Ok(results)
+    Ok((results, said))
 }
 
 /// The lines of a report.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dwcp_link::{Reader, Writer};
+use dwcp_proto::fault::Mechanism;
 use dwcp_proto::limits::MAX_CONTROL;
 use dwcp_proto::message::{Ack, Body, Ping, Purpose, Restarted, Switched};
 use tokio::sync::mpsc::error::SendError;
@@ -264,7 +265,8 @@ impl Server {
                 }
                 _ = heartbeat.tick() => {
                     let silent = self.elapsed_us().saturating_sub(heard.load(Ordering::Relaxed));
-                    if Duration::from_micros(silent) >= UNHEARD && gauge.backs_off() {
+                    let unheard = Duration::from_micros(silent) >= UNHEARD && gauge.backs_off();
+                    if unheard && !Mechanism::GiveUp.is_off() {
                         return Some(WireError::Stalled);
                     }
                     Body::Ping(Ping { token: self.elapsed_us() })

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dwcp_link::{Identity, ListenOptions, Listener};
+use dwcp_proto::fault::Mechanism;
 use dwcp_proto::handover::Resolution;
 use dwcp_proto::{MigrationId, Path, Side, VmName};
 use tokio::sync::{oneshot, watch};
@@ -48,6 +49,8 @@ const SWITCHING: Duration = Duration::from_secs(2);
 impl Engine {
     /// Binds the data listener and makes the state folder ready.
     pub async fn start(config: EngineConfig) -> Result<Engine, Failure> {
+        #[cfg(feature = "fault-points")]
+        crate::fault::begin();
         let write_time = prepare_state_dir(&config.state_dir).await?;
         let identity = Identity::new(config.key.clone(), config.peers.clone()).map_err(link_failure)?;
         let plain = config.policy.v1_plain || config.policy.datacenter_plain;
@@ -102,7 +105,7 @@ impl Engine {
                 // Of an earlier life of this agent, in which the id was taken for it.
                 None => (status.role, &status.vm, &status.peer) == (Role::Source, &spec.vm, &spec.to),
             };
-            if same {
+            if same && !Mechanism::Idempotence.is_off() {
                 return Ok(id);
             }
             let text = format!("{id} is the id of another migration of this node");

@@ -4,6 +4,8 @@
 //! names the point: `before.journal.Commit`, `after.send.Receipt`, `before.vmm.Cont` and so on, whatever the handover's
 //! machine asks for; [`pilot`](crate::pilot) has them all. The first process to come to it ends there. At
 //! `fails.sync.Commit` and so on the disk takes a line of the journal and does not sync it, each time.
+//!
+//! The variable `DWCP_OFF` names a mechanism to go without, so that a test of it is seen to fail.
 
 /// Dies here if this point is the one that `DWCP_FAULT` names: a moment, a kind of action, and the action, of which
 /// the variant's name counts.
@@ -14,6 +16,15 @@ macro_rules! fault_point {
     };
 }
 pub(crate) use fault_point;
+
+/// Switches off what `DWCP_OFF` names: see [`dwcp_proto::fault`].
+#[cfg(feature = "fault-points")]
+pub(crate) fn begin() {
+    if let Ok(name) = std::env::var("DWCP_OFF") {
+        let off = dwcp_proto::fault::switch_off(&name);
+        tracing::warn!(name, off, "this agent goes without");
+    }
+}
 
 /// See [`fault_point`].
 #[cfg(feature = "fault-points")]

@@ -6,6 +6,7 @@ use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use dwcp_proto::fault::Mechanism;
 use dwcp_proto::journal::{Entry, Job};
 use dwcp_proto::message::Choice;
 use dwcp_proto::{Leg, MigrationId, Mode, Path, PeerKey, Side};
@@ -41,6 +42,9 @@ const REMEMBERED: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Reads all journals and starts a task for each migration that is not over.
 pub(crate) async fn recover(shared: &Arc<Shared>) {
+    if Mechanism::Recovery.is_off() {
+        return;
+    }
     let folder = journal::folder(&shared.config.state_dir);
     let files = match std::fs::read_dir(&folder) {
         Ok(files) => files,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 use dwcp_link::{LinkError, Reader, Writer};
 use dwcp_proto::chunk::{SIGNED_HEADER_LEN, SealedChunk};
+use dwcp_proto::fault::Mechanism;
 use dwcp_proto::frame::{FrameError, HEAD_LEN, Head, PLAIN_PREAMBLE, Tag};
 use dwcp_proto::message::{Body, Message, Refused};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -52,6 +53,7 @@ impl WireError {
     /// Whether trying again may help: the link broke, nobody erred.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
+            _ if Mechanism::Resume.is_off() => false,
             WireError::Link(error) => error.is_transient(),
             WireError::Closed | WireError::Stalled | WireError::Timeout(_) => true,
             WireError::Refused(failure) => failure.code == "busy",

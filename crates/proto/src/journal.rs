@@ -18,6 +18,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fault::Mechanism;
 use crate::handover::{AbortReason, Afterwards, Resolution, Transfer};
 use crate::ids::{MigrationId, NodeName, SessionId, VmName};
 
@@ -337,7 +338,11 @@ pub fn replay_whole_lines(bytes: &[u8]) -> (Replay, Option<JournalError>) {
                 replay.chain = chain;
                 replay.len += line.len() as u64 + 1;
             }
-            Err(JournalError::Damaged { .. }) if after.is_empty() && (end.is_none() || line.contains(&0)) => {
+            Err(JournalError::Damaged { .. })
+                if after.is_empty()
+                    && (end.is_none() || line.contains(&0))
+                    && !Mechanism::TornLine.is_off() =>
+            {
                 replay.torn = Some(rest.len() as u64);
             }
             Err(error) => return (replay, Some(error)),

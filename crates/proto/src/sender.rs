@@ -15,6 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use crate::fault::Mechanism;
 use crate::ids::{LinkId, Seq, StreamOffset};
 use crate::limits::MAX_RAW_PAYLOAD;
 use crate::pace::Pace;
@@ -113,6 +114,7 @@ impl Sender {
     /// Whether another chunk may be made now. One is always allowed when nothing is in flight.
     pub fn has_room(&self) -> bool {
         self.entries.is_empty()
+            || Mechanism::BackPressure.is_off()
             || (self.unacked_weight + MAX_RAW_PAYLOAD as u64 <= self.window
                 && (self.entries.len() as u64) < MAX_REORDER
                 && self.unacked_wire.saturating_sub(self.held) < self.pace.target())

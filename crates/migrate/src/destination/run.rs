@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use dwcp_proto::Path;
+use dwcp_proto::fault::Mechanism;
 use dwcp_proto::handover::{AbortReason, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::message::{Ack, Body, Purpose, Restarted, Veto};
 use dwcp_vmm::mapped::Ram;
@@ -322,7 +323,9 @@ impl Run {
                 }
                 self.vetoed = None;
                 self.veto().await;
-                self.feed(Input::Connected).await;
+                if !Mechanism::SayAgain.is_off() {
+                    self.feed(Input::Connected).await;
+                }
             }
             Event::Down(why) => {
                 self.dark_since.get_or_insert_with(Instant::now);

@@ -8,6 +8,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use dwcp_proto::fault::Mechanism;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 
 use crate::control::STALLED;
@@ -40,6 +41,9 @@ impl Waiting {
 
     /// Whether it has been waiting for too long.
     pub(crate) fn in_vain(&self) -> bool {
+        if Mechanism::Stall.is_off() {
+            return false;
+        }
         let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         since.is_some_and(|since| since.elapsed() >= STALLED)
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::Leg;
+use dwcp_proto::fault::Mechanism;
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::leg::BytesDigest;
 use dwcp_proto::message::{Ack, Body, Purpose, StreamEnd};
@@ -141,7 +142,7 @@ impl Ring {
     fn has_room(&self, reel: &Reel) -> bool {
         let held = reel.handed() - reel.applied();
         let may = self.pace.target().min(self.leg.choice.window);
-        held == 0 || (held < may && reel.handed() - self.written < AHEAD)
+        held == 0 || Mechanism::BackPressure.is_off() || (held < may && reel.handed() - self.written < AHEAD)
     }
 
     /// The whole transfer, once the destination has applied all of it.
@@ -275,7 +276,8 @@ impl Ring {
                 },
                 said = peer.recv() => {
                     // Then the link is back, and the kernel's next try may be far off: a new connection goes on at once.
-                    let late = matches!(said, Some(DataEvent::Up)) && gauge.backs_off();
+                    let back = matches!(said, Some(DataEvent::Up)) && !Mechanism::GiveUp.is_off();
+                    let late = back && gauge.backs_off();
                     if let Some(change) = self.hear(said, reel, control, helm).await? {
                         gauge.cut();
                         return Ok(Ended::Leg(Carried::Turn(change)));

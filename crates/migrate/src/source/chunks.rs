@@ -14,6 +14,7 @@ use dwcp_hde::{
     CacheSize, Choice as Compression, Effort, EncodeError, Fallback, Holding, Memory, Spent, Stats, verbatim,
 };
 use dwcp_link::{Gauge, Reader, Writer};
+use dwcp_proto::fault::Mechanism;
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Purpose};
 use dwcp_proto::mode::Link;
@@ -439,6 +440,9 @@ impl Stage {
 
     /// The control connection stands again: what the kernel waits to try again on others goes over new ones at once.
     fn link_is_back(&self) {
+        if Mechanism::GiveUp.is_off() {
+            return;
+        }
         for (link, (_, gauge)) in self.links.iter().filter(|(_, (_, gauge))| gauge.backs_off()) {
             info!(%link, "data connection is given up: the link is back, and its next try is not");
             gauge.cut();

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use dwcp_proto::fault::Mechanism;
 use dwcp_proto::handover::{AbortReason, Input, Outcome, Transfer, VmmState};
 use dwcp_proto::message::{Body, StreamEnd};
 use dwcp_proto::mode::ModeChoice;
@@ -378,7 +379,9 @@ impl Run {
                         self.control.say(Body::StreamEnd(end)).await;
                     }
                 }
-                self.feed(Input::Connected).await;
+                if !Mechanism::SayAgain.is_off() {
+                    self.feed(Input::Connected).await;
+                }
             }
             Event::Down(why) => {
                 self.dark_since.get_or_insert_with(Instant::now);
@@ -540,7 +543,8 @@ impl Run {
         if let Some(since) = self.dark_since {
             let stopped = self.stopped_at.is_some();
             let patience = if stopped { SWITCHOVER_PATIENCE } else { PRECOPY_PATIENCE };
-            if since.elapsed() > patience && self.outcome.is_none() && !committed {
+            let over = since.elapsed() > patience && !Mechanism::SwitchoverPatience.is_off();
+            if over && self.outcome.is_none() && !committed {
                 self.dark_since = None;
                 let text = format!("the link to the destination was lost for {} s", patience.as_secs());
                 let hint = AbortReason::LinkLost.advice();
