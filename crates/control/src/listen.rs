@@ -30,21 +30,25 @@ use tracing::{debug, warn};
 
 use crate::api::Shared;
 use crate::api::request::Origin;
+use crate::turns::Turns;
 
 /// Connections at once: two for each node of a large fleet. More wait to be accepted.
 const CONNECTIONS: usize = 20_000;
+/// Files that are no connections: the database, its log, certificates. Where files are the limit, connections wait too.
+const OTHER_FILES: u64 = 128;
 /// Connections that the kernel completes before we accept them: a fleet comes back all at once. The kernel has a limit of
 /// its own, `net.core.somaxconn`.
 const BACKLOG: i32 = 16_384;
 /// For how long a connection may be silent, or take over the head of a request. Nodes ask every second.
 const SILENCE: Duration = Duration::from_secs(30);
-/// For how long a handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(5);
-/// Handshakes at once. A fleet that comes back all at once asks for more than the cores can do; those that are begun must
-/// end while their node still waits, or all the work is for nothing.
-const HANDSHAKES: usize = 256;
-/// For how long a connection waits for its handshake. A node gives up a poll after 0.8 s, so later it is not worth the work.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// For how long a handshake may take, the wait for its turn included. A node has given up before.
+const HANDSHAKE: Duration = Duration::from_secs(8);
+/// Handshakes that are computed at once; the wait for the other side's word is none. When a whole fleet comes back it asks
+/// for more than the cores can do, and in between those that are through have to be answered, or they would be back at the
+/// door. The others wait for their turn until *they* give up: to close them would only make them come again.
+const HANDSHAKES: usize = 16;
+/// Once somebody has waited this long for a handshake the newest go first: a node that has just come gives up after 1.6 s.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes of a request's head, and what is read at once.
 const HEAD: usize = 16 << 10;
 /// A pause when no connection can be accepted, which is when there are no files left.
@@ -87,16 +91,28 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Accepts connections until `stopping`; then returns when those that it has have finished what they are at.
+/// Connections at once for a process that may open so many files.
+fn connections(files: u64) -> usize {
+    let most = usize::try_from(files.saturating_sub(OTHER_FILES)).unwrap_or(usize::MAX);
+    most.clamp(1, CONNECTIONS)
+}
+
+/// Accepts connections until `stopping`; then returns when those that it has have finished what they are at. `files` is how
+/// many the process may open.
+///
+/// To be run `unconstrained`. To accept costs little beside what a connection asks for afterwards; pausing for all of them
+/// after every few, it would let the kernel's queue run over, and whoever is dropped there comes again after a second only.
 pub(crate) async fn serve(
     listener: TcpListener,
     tls: Option<Tls>,
     router: Router,
     shared: Arc<Shared>,
+    files: u64,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let connections = connections(files);
+    let permits = Arc::new(Semaphore::new(connections));
+    let handshakes = Turns::new(HANDSHAKES, PATIENCE);
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let accepted = tokio::select! {
@@ -126,7 +142,7 @@ pub(crate) async fn serve(
     }
     // From here on the address is free for the next server.
     drop(listener);
-    let all = u32::try_from(CONNECTIONS).unwrap_or(u32::MAX);
+    let all = u32::try_from(connections).unwrap_or(u32::MAX);
     let _ = permits.acquire_many(all).await;
 }
 
@@ -135,7 +151,7 @@ struct Connection {
     shared: Arc<Shared>,
     origin: SocketAddr,
     stopping: watch::Receiver<bool>,
-    handshakes: Arc<Semaphore>,
+    handshakes: Arc<Turns>,
 }
 
 impl Connection {
@@ -153,9 +169,15 @@ impl Connection {
     async fn handshake(&self, stream: TcpStream, tls: Arc<ServerConfig>) -> io::Result<TlsStream<TcpStream>> {
         // Whoever connects and says nothing waits here, and takes no turn.
         let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
-        let turn = tokio::time::timeout(PATIENCE, self.handshakes.acquire()).await;
-        let _turn = turn.map_err(|_| io::Error::other("too many handshakes at once"))?;
-        hello.into_stream(tls).await
+        let turn = tokio::select! {
+            biased;
+            () = given_up(&hello.io) => return Err(io::Error::other("it gave up before its turn")),
+            turn = self.handshakes.take() => turn,
+        };
+        // Here keys are made and the certificate's is used; what follows is next to nothing, and is the other side's time.
+        let handshake = hello.into_stream(tls);
+        drop(turn);
+        handshake.await
     }
 
     async fn http(mut self, stream: impl AsyncRead + AsyncWrite + Unpin) {
@@ -192,6 +214,15 @@ impl Connection {
     }
 }
 
+/// Waits until the other side has closed the connection, which is to say nothing more after its first word.
+async fn given_up(stream: &TcpStream) {
+    match stream.peek(&mut [0]).await {
+        Ok(0) | Err(_) => {}
+        // It has more to say, so it is there; behind that nothing can be seen.
+        Ok(_) => std::future::pending().await,
+    }
+}
+
 /// TLS 1.3 for clients without certificates: nodes sign their reports, operators have tokens.
 fn config(cert: &Path, key: &Path) -> Result<Arc<ServerConfig>> {
     let chain = CertificateDer::pem_file_iter(cert)
@@ -208,4 +239,33 @@ fn config(cert: &Path, key: &Path) -> Result<Arc<ServerConfig>> {
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[test]
+    fn connections_leave_files_for_the_rest() {
+        assert_eq!(connections(1024), 896);
+        assert_eq!(connections(1 << 20), CONNECTIONS);
+        assert_eq!(connections(0), 1);
+    }
+
+    #[tokio::test]
+    async fn who_hangs_up_is_noticed_and_who_waits_is_not_disturbed() {
+        let listener = bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        let mut gone = std::pin::pin!(given_up(&server));
+        tokio::select! {
+            biased;
+            () = &mut gone => panic!("it is still there"),
+            () = tokio::task::yield_now() => {}
+        }
+        client.shutdown().await.unwrap();
+        gone.await;
+    }
 }

@@ -18,6 +18,7 @@ mod state;
 mod store;
 mod time;
 mod tokens;
+mod turns;
 mod writer;
 
 use std::collections::BTreeSet;

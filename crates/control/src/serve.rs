@@ -40,7 +40,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<()> {
 pub(crate) async fn serve(args: ServeArgs) -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hup = signal(SignalKind::hangup())?;
-    allow_many_connections();
+    let files = allow_many_files();
 
     let folder = Folder::claim(&args.state)?;
     let tokens = Tokens::load(&args.admin_token_file)?;
@@ -65,9 +65,16 @@ pub(crate) async fn serve(args: ServeArgs) -> Result<()> {
     let listener = listen::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
     let address = listener.local_addr()?;
     let (stop, stopping) = watch::channel(false);
-    let server =
-        listen::serve(listener, tls.clone(), router(Arc::clone(&shared)), Arc::clone(&shared), stopping);
-    let server = tokio::spawn(server);
+    let server = listen::serve(
+        listener,
+        tls.clone(),
+        router(Arc::clone(&shared)),
+        Arc::clone(&shared),
+        files,
+        stopping,
+    );
+    // See there why it does not take its turn like the others.
+    let server = tokio::spawn(tokio::task::coop::unconstrained(server));
     folder.publish(address)?;
     tell(&[NotifyState::Ready]);
     let nodes = view.fleet.members().len();
@@ -126,11 +133,16 @@ fn signing_key(file: &Path) -> Result<NodeKey> {
     NodeKey::parse(&text).with_context(|| format!("{}", file.display()))
 }
 
-/// As many files as we may have: each node keeps a connection open.
-fn allow_many_connections() {
+/// As many files as we may have: each node keeps a connection open. How many that are.
+fn allow_many_files() -> u64 {
     let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
-        warn!(%error, current = limit.current, "the limit of open files stays");
+    match setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        // No limit at all is none for us.
+        Ok(()) => limit.maximum.unwrap_or(u64::MAX),
+        Err(error) => {
+            warn!(%error, current = limit.current, "the limit of open files stays");
+            limit.current.unwrap_or(u64::MAX)
+        }
     }
 }
 

@@ -36,7 +36,7 @@ pub use change::{FlagChange, NodeList};
 pub use comeback::Comeback;
 pub use document::{BadDocument, Epoch, Fault, FlagDocument, OnStale, Percentage};
 pub use lease::{LEASE, Lease, Moment};
-pub use schedule::{LONGEST_PAUSE, POLL_TIMEOUT, Schedule};
+pub use schedule::{ANSWER_TIMEOUT, LONGEST_PAUSE, POLL_TIMEOUT, Schedule, handshake_timeout};
 pub use state::{Absence, Applied, Conditions, Evaluation, FlagState, Path, Reason, Refusal, Scope, Source};
 
 /// The flag that the agent obeys.

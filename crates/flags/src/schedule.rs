@@ -15,6 +15,21 @@ const DETOUR: Duration = Duration::from_millis(200);
 /// For how long a poll may take in all. Less than the least pause between two polls, so that polls do not overlap.
 pub const POLL_TIMEOUT: Duration = LEAST;
 
+/// For how long a connection is kept whose answer does not come; an answer that comes after [`POLL_TIMEOUT`] is passed over.
+/// To connect anew costs a busy server ten times what a poll costs, so nodes that did so right away would keep it busy. Two
+/// polls and not more: after one that hangs there is time for another before the lease ends.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_millis(1600);
+
+/// The longest [`handshake_timeout`].
+const LONGEST_HANDSHAKE: Duration = Duration::from_millis(6400);
+
+/// For how long a TLS handshake may take, from poll to poll, after so many in a row that took too long: 1.6 s, then 3.2 s, then
+/// 6.4 s. A server to which a whole fleet comes back shakes hands for longer than a poll waits, and each handshake that its
+/// node no longer waits for was work for nothing. So nodes that find it busy wait longer, until it gets to the end of the line.
+pub fn handshake_timeout(failures: u32) -> Duration {
+    (ANSWER_TIMEOUT * (1 << failures.min(8))).min(LONGEST_HANDSHAKE)
+}
+
 /// The longest pause that a server can ask for. It costs the lease, so a longer one would be a way to switch nodes off.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -84,6 +99,14 @@ mod tests {
 
     fn at(millis: u64) -> Moment {
         Moment(Duration::from_millis(millis))
+    }
+
+    #[test]
+    fn a_busy_server_is_waited_for_longer() {
+        let millis = [0, 1, 2, 3, u32::MAX].map(|failures| handshake_timeout(failures).as_millis());
+        assert_eq!(millis, [1600, 3200, 6400, 6400, 6400]);
+        // One that hangs costs no lease where the next connection works: asked anew before that of the last good poll is over.
+        assert!(ANSWER_TIMEOUT + LEAST + SPREAD < LEASE);
     }
 
     #[test]

@@ -14,13 +14,17 @@ mod http;
 mod node;
 mod server;
 mod table;
+mod tls;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Files of this process, and of the server, that are no node's connection. Some of theirs are there twice for a moment.
+const OTHER_FILES: u64 = 1000;
 
 /// Turn a fleet to v3 and back, and measure how long the last node takes.
 #[derive(Debug, Parser)]
@@ -56,6 +60,13 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).context("open many files")?;
+    let most = arguments.nodes.iter().max().copied().unwrap_or_default() as u64;
+    ensure!(
+        limit.maximum.is_none_or(|maximum| maximum >= most + OTHER_FILES),
+        "{most} nodes need a limit of open files (ulimit -Hn) of {}, not {}",
+        most + OTHER_FILES,
+        limit.maximum.unwrap_or_default()
+    );
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut results = Vec::new();
     for &nodes in &arguments.nodes {

@@ -1,6 +1,7 @@
 //! One simulated node: polls, applies, decides, and says when it changes its mind.
 
-use std::net::SocketAddr;
+use std::mem::take;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use dwcp_proto::{NodeKey, NodeName};
 use rustls::ClientConfig;
 use tokio::sync::watch;
 
-use crate::http::{Answer, Connection};
+use crate::http::{Answer, Connection, Shaking};
 
 const FLAG: &str = "/v1/feature-flags/dwcp_v3_hde";
 
@@ -48,10 +49,14 @@ pub(crate) struct Shown {
 #[derive(Debug)]
 pub(crate) struct Node {
     world: Arc<World>,
-    key: NodeKey,
+    /// Its own address, as on a network.
+    from: Ipv4Addr,
+    key: Arc<NodeKey>,
     state: FlagState,
     schedule: Schedule,
     connection: Option<Connection>,
+    /// A handshake that outlasts its poll.
+    shaking: Shaking,
     sequence: u64,
     cluster: String,
     etag: String,
@@ -68,6 +73,12 @@ pub(crate) fn key(index: usize) -> Result<NodeKey> {
     Ok(NodeKey::from_seed(NodeName::new(format!("node-{index:05}"))?, &seed))
 }
 
+/// The address of node number `index`, all of which lead to this machine.
+fn address(index: usize) -> Ipv4Addr {
+    let [.., high, middle, low] = (index as u64 + 2).to_be_bytes();
+    Ipv4Addr::new(127, high.wrapping_add(1), middle, low)
+}
+
 impl Node {
     /// A node that begins to poll after `wait`.
     pub(crate) fn new(
@@ -82,8 +93,10 @@ impl Node {
             state: FlagState::new(key.node().as_str(), Source::Server(Lease::new(LEASE))),
             schedule: Schedule::new(1, Moment(world.origin.elapsed() + wait)),
             world,
-            key,
+            from: address(index),
+            key: Arc::new(key),
             connection: None,
+            shaking: Shaking::default(),
             sequence: 0,
             cluster: String::new(),
             etag: String::new(),
@@ -111,10 +124,7 @@ impl Node {
             let (now, random) = (self.now(), self.random());
             match &answered {
                 Ok(()) => self.schedule.answered(),
-                Err(_) => {
-                    self.connection = None;
-                    self.schedule.failed(now, random);
-                }
+                Err(_) => self.schedule.failed(now, random),
             }
             self.show(Some(answered.is_ok()));
         }
@@ -122,40 +132,55 @@ impl Node {
 
     async fn poll(&mut self, asked: Moment) -> Result<()> {
         let deadline = self.world.origin + asked.0 + POLL_TIMEOUT;
-        let request = self.request()?;
-        // The connection is taken out: a poll that is given up takes it along.
-        let connection = self.connection.take();
-        let (world, mut partitioned) = (Arc::clone(&self.world), self.partitioned.clone());
+        let report = self.report()?;
+        let (key, etag) = (Arc::clone(&self.key), self.etag.clone());
+        // Signed only when it is sent: ten thousand nodes that cannot send are not to take the server's cores for it.
+        let request = move || {
+            let signature = key.sign(&report_message(&report));
+            let report = SignedReport { signature, report: report.clone() }.to_header();
+            format!("if-none-match: {etag}\r\n{REPORT}: {report}\r\n")
+        };
+        // Both outlast a poll that is given up: to begin anew would cost a busy server far more than the poll did.
+        let (mut connection, mut shaking) = (self.connection.take(), take(&mut self.shaking));
+        let (kept, begun) = (&mut connection, &mut shaking);
+        let (world, from, mut partitioned) = (Arc::clone(&self.world), self.from, self.partitioned.clone());
         let exchange = async move {
             partitioned.wait_for(|partitioned| !partitioned).await?;
             // A kept connection may have been closed meanwhile, which shows only now: once more on a new one.
-            if let Some(mut kept) = connection
-                && let Ok(answer) = kept.send("GET", FLAG, &request, "").await
+            if let Some(connection) = kept
+                && let Ok(answer) = connection.send("GET", FLAG, &request(), "").await
             {
-                return anyhow::Ok((answer, kept));
+                return anyhow::Ok(answer);
             }
+            *kept = None;
             let server = *world.server.borrow();
-            let mut connection = Connection::open(server, &world.tls).await?;
-            let answer = connection.send("GET", FLAG, &request, "").await?;
-            Ok((answer, connection))
+            let connection = kept.insert(Connection::open(from, server, &world.tls, begun).await?);
+            connection.send("GET", FLAG, &request(), "").await
         };
-        let mut exchange = std::pin::pin!(tokio::time::timeout_at(deadline.into(), exchange));
         // A lease ends on time, whatever a poll is waiting for.
-        let (answer, connection) = loop {
-            let now = Moment(self.world.origin.elapsed());
-            let change = self.state.next_change(now).map_or(deadline, |change| self.world.origin + change.0);
-            tokio::select! {
-                answer = exchange.as_mut() => break answer??,
-                () = tokio::time::sleep_until(change.into()), if change < deadline => self.show(None),
+        let answered = {
+            let mut exchange = std::pin::pin!(tokio::time::timeout_at(deadline.into(), exchange));
+            loop {
+                let now = Moment(self.world.origin.elapsed());
+                let change = self.state.next_change(now);
+                let change = change.map_or(deadline, |change| self.world.origin + change.0);
+                tokio::select! {
+                    answer = exchange.as_mut() => break answer,
+                    () = tokio::time::sleep_until(change.into()), if change < deadline => self.show(None),
+                }
             }
         };
-        if !answer.close {
-            self.connection = Some(connection);
+        // Nothing outlasts a cut.
+        if !*self.partitioned.borrow() {
+            let good =
+                answered.as_ref().map_or(true, |answer| answer.as_ref().is_ok_and(|answer| !answer.close));
+            (self.connection, self.shaking) = (connection.filter(|_| good), shaking);
         }
+        let answer = answered??;
         self.take_in(&answer, asked)
     }
 
-    fn request(&mut self) -> Result<String> {
+    fn report(&mut self) -> Result<Vec<u8>> {
         self.sequence += 1;
         let reason = self.state.decide(self.now(), Scope::New, Conditions::default());
         let report = PollReport {
@@ -174,9 +199,7 @@ impl Node {
             labels: Default::default(),
         }
         .encode()?;
-        let signature = self.key.sign(&report_message(&report));
-        let report = SignedReport { signature, report }.to_header();
-        Ok(format!("if-none-match: {}\r\n{REPORT}: {report}\r\n", self.etag))
+        Ok(report)
     }
 
     fn take_in(&mut self, answer: &Answer, asked: Moment) -> Result<()> {

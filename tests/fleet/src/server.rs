@@ -1,23 +1,25 @@
 //! The server under test: a real process, with TLS.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-use crate::http::{Connection, HOST};
+use crate::http::{Connection, HOST, Shaking};
 
 /// For the start, and for the end.
 const LIMIT: Duration = Duration::from_secs(20);
+/// For how long a connection that nobody uses is counted on: less than the server lets it be silent.
+const KEPT: Duration = Duration::from_secs(15);
 
 /// A server and all that it needs, in a temporary folder.
 #[derive(Debug)]
@@ -28,7 +30,8 @@ pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     pub(crate) tls: Arc<ClientConfig>,
     token: String,
-    admin: Option<Connection>,
+    /// The operator's connection, and when it was used last.
+    admin: Option<(Connection, Instant)>,
 }
 
 /// What the process has used.
@@ -46,13 +49,7 @@ impl Server {
         let signed = rcgen::generate_simple_self_signed([HOST.to_owned()])?;
         std::fs::write(folder.path().join("cert.pem"), signed.cert.pem())?;
         std::fs::write(folder.path().join("key.pem"), signed.signing_key.serialize_pem())?;
-        let mut roots = RootCertStore::empty();
-        roots.add(signed.cert.der().clone())?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let tls = crate::tls::config(signed.cert.der().clone())?;
 
         let file = folder.path().join("tokens");
         let new = ["token", "new", "--name", "drill", "--roles", "admin", "--file"];
@@ -62,7 +59,6 @@ impl Server {
 
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let (process, address) = launch(program, folder.path(), any).await?;
-        let tls = Arc::new(tls);
         Ok(Server { program: program.to_owned(), folder, process, address, tls, token, admin: None })
     }
 
@@ -93,16 +89,33 @@ impl Server {
 
     /// Asks as an operator; the answer must be a success.
     pub(crate) async fn ask(&mut self, method: &str, path: &str, body: &str) -> Result<Value> {
-        if self.admin.is_none() {
-            self.admin = Some(Connection::open(self.address, &self.tls).await?);
-        }
-        let admin = self.admin.as_mut().context("connected")?;
+        // The server ends a connection that is silent for long, and a request that meets its end might have been heard or not.
+        let admin = self.admin.take().filter(|(_, used)| used.elapsed() < KEPT);
+        let mut admin = match admin {
+            Some((admin, _)) => admin,
+            None => self.connect().await?,
+        };
         let token = format!("authorization: Bearer {}\r\n", self.token);
-        let answer = admin.send(method, path, &token, body).await;
-        let answer = answer.inspect_err(|_| self.admin = None)?;
+        let answer = admin.send(method, path, &token, body).await?;
+        self.admin = Some((admin, Instant::now()));
         let text = String::from_utf8(answer.body)?;
         ensure!(answer.status == 200, "{method} {path}: status {}: {text}", answer.status);
         Ok(serde_json::from_str(&text)?)
+    }
+
+    /// A connection for the operator, who tries again as a node does: a server with a fleet at its door may keep one waiting.
+    async fn connect(&self) -> Result<Connection> {
+        let began = Instant::now();
+        let mut shaking = Shaking::default();
+        for attempt in 0u32.. {
+            match Connection::open(Ipv4Addr::LOCALHOST, self.address, &self.tls, &mut shaking).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) if began.elapsed() > LIMIT => return Err(error.context("connect as an operator")),
+                // The fleet's polls are the chance in this; any uneven step keeps out of their pace.
+                Err(_) => tokio::time::sleep(Duration::from_millis(100 + 37 * u64::from(attempt % 10))).await,
+            }
+        }
+        bail!("not connected")
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {

@@ -12,8 +12,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dwcp_flags::POLL_TIMEOUT;
 use dwcp_flags::poll::MAX_ANSWER;
+use dwcp_flags::{ANSWER_TIMEOUT, POLL_TIMEOUT, handshake_timeout};
 use dwcp_migrate::{Blame, Failure};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
@@ -26,7 +26,8 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::{AbortHandle, JoinHandle};
-use tokio_rustls::TlsConnector;
+use tokio::time::Instant;
+use tokio_rustls::{Connect, TlsConnector};
 
 use crate::config::Url;
 
@@ -88,6 +89,10 @@ enum Dial {
     Network {
         resolver: Resolver,
         tls: Option<TlsConnector>,
+        /// A handshake that has outlasted its poll, and when it has to end.
+        shaking: Option<(Instant, Box<Connect<TcpStream>>)>,
+        /// How many in a row did not come to an end.
+        failures: u32,
     },
     /// A wire within the process, for tests under a simulated clock.
     #[cfg(test)]
@@ -98,7 +103,7 @@ impl Endpoint {
     /// An endpoint on the network; `tls` is needed where the URL says https.
     pub(super) fn new(url: Url, tls: Option<&Arc<ClientConfig>>) -> Self {
         let tls = tls.filter(|_| url.tls).map(|config| TlsConnector::from(Arc::clone(config)));
-        let dial = Dial::Network { resolver: Resolver::default(), tls };
+        let dial = Dial::Network { resolver: Resolver::default(), tls, shaking: None, failures: 0 };
         Endpoint { url, dial, connection: None }
     }
 
@@ -116,16 +121,14 @@ impl Endpoint {
         &self.url
     }
 
-    /// Asks, and waits for the whole answer: [`POLL_TIMEOUT`] at most, the making of a connection included.
+    /// Asks, and waits for the whole answer: [`POLL_TIMEOUT`] at most, the making of a connection included. Where that is too
+    /// short the next call goes on with the same handshake, see [`handshake_timeout`], or on the same connection, see
+    /// [`ANSWER_TIMEOUT`]: a server that is busy is not made busier.
     pub(super) async fn ask(&mut self, ask: &Ask) -> Result<Answer, Unreachable> {
-        let answer = match tokio::time::timeout(POLL_TIMEOUT, self.try_both(ask)).await {
-            Ok(answer) => answer,
+        match tokio::time::timeout(POLL_TIMEOUT, self.try_both(ask)).await {
+            Ok(answer) => answer.inspect_err(|_| self.connection = None),
             Err(_) => Err(Unreachable::Timeout),
-        };
-        if answer.is_err() {
-            self.connection = None;
         }
-        answer
     }
 
     /// On the old connection, then on a new one: a server that restarted has closed the old one, which is no failure.
@@ -134,22 +137,37 @@ impl Endpoint {
         {
             match self.url.send(connection, ask).await {
                 Err(Unreachable::Http(error)) if !error.is_parse() => {}
+                // The answer before, which it owed.
+                Err(Unreachable::Timeout) => {}
                 answer => return answer,
             }
         }
         // The old one goes before the new one comes: there is never more than one.
         self.connection = None;
         let connection = match &mut self.dial {
-            Dial::Network { resolver, tls } => {
-                let stream = resolver.connect(&self.url).await?;
-                match tls {
-                    Some(tls) => {
+            Dial::Network { resolver, tls: Some(tls), shaking, failures } => {
+                // As with connections: one that is too old goes before a new one comes.
+                let begun = match shaking.take().filter(|(end, _)| Instant::now() < *end) {
+                    Some(begun) => begun,
+                    None => {
                         let name = ServerName::try_from(self.url.host.clone())
                             .map_err(|error| Unreachable::Tls(io::Error::other(error)))?;
-                        Connection::over(tls.connect(name, stream).await.map_err(Unreachable::Tls)?).await?
+                        let stream = resolver.connect(&self.url).await?;
+                        let end = Instant::now() + handshake_timeout(*failures);
+                        *failures = failures.saturating_add(1);
+                        (end, Box::new(tls.connect(name, stream)))
                     }
-                    None => Connection::over(stream).await?,
-                }
+                };
+                let (end, handshake) = shaking.insert(begun);
+                // Where the poll ends before it does, it goes on with the next one.
+                let stream = tokio::time::timeout_at(*end, handshake).await;
+                *shaking = None;
+                let stream = stream.map_err(|_| Unreachable::Timeout)?.map_err(Unreachable::Tls)?;
+                *failures = 0;
+                Connection::over(stream).await?
+            }
+            Dial::Network { resolver, tls: None, .. } => {
+                Connection::over(resolver.connect(&self.url).await?).await?
             }
             #[cfg(test)]
             Dial::Within(listener) => {
@@ -172,6 +190,12 @@ impl fmt::Debug for Endpoint {
 
 impl Url {
     async fn send(&self, connection: &mut Connection, ask: &Ask) -> Result<Answer, Unreachable> {
+        if let Some((end, owed)) = &mut connection.owed {
+            // It comes too late to be worth anything, but while it comes the connection is good.
+            let late = tokio::time::timeout_at(*end, owed).await;
+            connection.owed = None;
+            late.map_err(|_| Unreachable::Timeout)??;
+        }
         let mut request = Request::new(ask.body.clone());
         *request.method_mut() = ask.method.clone();
         // Both halves were checked when they were read; a path that is none asks for `/`, which no server answers as ours.
@@ -182,8 +206,15 @@ impl Url {
             headers.insert(HOST, host);
         }
         connection.sender.ready().await?;
-        let (head, body) = connection.sender.send_request(request).await?.into_parts();
-        Ok(Answer { status: head.status, headers: head.headers, body: read(body).await? })
+        let head = connection.sender.send_request(request);
+        let answer = async {
+            let (head, body) = head.await?.into_parts();
+            Ok(Answer { status: head.status, headers: head.headers, body: read(body).await? })
+        };
+        let (_, owed) = connection.owed.insert((Instant::now() + ANSWER_TIMEOUT, Box::pin(answer)));
+        let answer = owed.await;
+        connection.owed = None;
+        answer
     }
 }
 
@@ -191,7 +222,11 @@ impl Url {
 struct Connection {
     sender: SendRequest<String>,
     task: AbortHandle,
+    /// The answer to a request that was given up, and until when it is waited for.
+    owed: Option<(Instant, Owed)>,
 }
+
+type Owed = Pin<Box<dyn Future<Output = Result<Answer, Unreachable>> + Send>>;
 
 impl Connection {
     async fn over(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Result<Self, Unreachable> {
@@ -200,7 +235,7 @@ impl Connection {
         let (sender, connection) = builder.handshake(TokioIo::new(stream)).await?;
         // Whatever ends it, the sender says so at the next request.
         let task = tokio::spawn(async move { drop(connection.await) }).abort_handle();
-        Ok(Connection { sender, task })
+        Ok(Connection { sender, task, owed: None })
     }
 }
 

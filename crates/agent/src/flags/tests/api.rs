@@ -101,6 +101,20 @@ async fn a_late_answer_is_worth_less() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_busy_server_is_not_made_busier_by_new_connections() {
+    let server = Server::start();
+    server.serves(&document(100, 1, ""));
+    let node = Setup::new().start(&[&server]).await;
+    // Every answer comes, and comes too late.
+    server.delays(Duration::from_millis(1100));
+    pass(20.0).await;
+    assert_eq!((node.code(), server.connections()), ("flag_lease_expired", 1));
+    server.delays(Duration::ZERO);
+    pass(3.0).await;
+    assert_eq!((node.new_path(), server.connections()), (Path::V3, 1));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_that_restarts_between_two_polls_costs_nothing() {
     let server = Server::start();
     server.serves(&document(100, 1, ""));
