@@ -8,7 +8,7 @@ use std::time::Duration;
 use dwcp_hde::{Choice, Fallback, LayerBytes, Stats};
 use dwcp_link::Refusals;
 use dwcp_proto::path::Cause;
-use dwcp_proto::{Mode, Path};
+use dwcp_proto::{Leg, Mode, Path};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
@@ -70,6 +70,8 @@ pub const ATTACKS: [&str; 37] = [
 ];
 
 const MODES: [Mode; 2] = [Mode::Internet, Mode::Datacenter];
+/// What may protect data on the wire, as in the status.
+const ENCRYPTIONS: [&str; 2] = ["tls", "none"];
 const ENDS: [Phase; 3] = [Phase::Completed, Phase::Aborted, Phase::Failed];
 const BLAMES: [Blame; 6] =
     [Blame::Operator, Blame::Vmm, Blame::PeerIncompatible, Blame::PeerMisbehaving, Blame::Link, Blame::Local];
@@ -124,6 +126,12 @@ struct ByEnd {
     outcome: &'static str,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByProtection {
+    path: &'static str,
+    encryption: &'static str,
+}
+
 type Seconds = Counter<f64, AtomicU64>;
 
 /// Every counter of this node. Cheap to clone; all clones count together.
@@ -159,6 +167,7 @@ struct Series {
     node_path: Family<ByPath, Gauge>,
     switches: Family<BySwitch, Counter>,
     mode_switches: Family<BySwitch, Counter>,
+    legs: Family<ByProtection, Counter>,
 }
 
 impl Default for Metrics {
@@ -202,6 +211,9 @@ impl Metrics {
         }
         for (to, cause) in MODES.into_iter().flat_map(|to| Cause::OF_MODE.map(|cause| (to, cause))) {
             touch(&s.mode_switches, BySwitch { to: to.name(), cause: cause.code() });
+        }
+        for (path, encryption) in [Path::V1, Path::V3].into_iter().flat_map(|p| ENCRYPTIONS.map(|e| (p, e))) {
+            touch(&s.legs, ByProtection { path: path.name(), encryption });
         }
         let metrics = Metrics(Arc::new(s));
         metrics.node_path(Path::V1);
@@ -270,6 +282,11 @@ impl Metrics {
             "Changes of v3's mode in running migrations, at their source",
             s.mode_switches
         );
+        add!(
+            "dwcp_legs",
+            "Stretches of migrations' data, at their source, by path and by what encrypts them",
+            s.legs
+        );
         let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("dwcp_build", "The agent's build", build);
     }
@@ -299,6 +316,12 @@ impl Metrics {
     pub fn v3_carried(&self, mode: Mode, stream_bytes: u64, guest_bytes: u64) {
         self.0.v3_processed.get_or_create(&mode.into()).inc_by(stream_bytes);
         self.0.v3_raw.get_or_create(&mode.into()).inc_by(guest_bytes);
+    }
+
+    /// A migration's data begins to flow on this leg.
+    pub fn begins(&self, leg: &Leg) {
+        let by = ByProtection { path: leg.path.name(), encryption: leg.encryption() };
+        self.0.legs.get_or_create(&by).inc();
     }
 
     /// A chunk was encoded.

@@ -285,7 +285,7 @@ fn on_leg(status: &mut Status, leg: &Leg) {
     status.mode_reason = v3.then(|| leg.choice.mode_reason.clone());
     status.source = Some(through.to_owned());
     status.sink = Some(if leg.choice.mapped { "mapped" } else { through }.to_owned());
-    status.encryption = Some(if leg.choice.plain { "none" } else { "tls" }.to_owned());
+    status.encryption = Some(leg.encryption().to_owned());
 }
 
 impl Retry {

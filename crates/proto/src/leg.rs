@@ -49,6 +49,11 @@ impl Leg {
         Some(Leg { number: 0, id: session, path, mode, choice, from: StreamOffset(0) })
     }
 
+    /// What encrypts its data connections, in one word for status and metrics.
+    pub fn encryption(&self) -> &'static str {
+        if self.choice.plain { "none" } else { "tls" }
+    }
+
     /// The leg after this one. `carried` is the digest of what this leg carried, as both sides know it.
     pub fn next(&self, choice: Choice, from: StreamOffset, carried: [u8; 32]) -> Option<Self> {
         let number = self.number.checked_add(1)?;

@@ -51,6 +51,7 @@ pub(crate) async fn carry(
     let mut leg = out.leg();
     let mut link = out.link;
     loop {
+        out.metrics.begins(&leg);
         let (carried, mut before) = match leg.path {
             Path::V3 => {
                 let (carried, stage) = chunks::send(&out, &leg, &mut reel, &mut peer, &mut helm).await?;
