@@ -1,4 +1,4 @@
-//! `cargo xtask deb`: the Debian package, laid out by hand and packed by dpkg-deb.
+//! `cargo xtask deb`: the Debian packages, laid out by hand and packed by dpkg-deb.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,10 +13,50 @@ use crate::test::build_programs;
 
 const QUICK: Duration = Duration::from_secs(60);
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const PROGRAMS: [&str; 2] = ["dwcpd", "dwcpctl"];
-/// What building the package needs beyond cargo.
+/// What building a package needs beyond cargo.
 pub(crate) const TOOLS_OF_DEB: [&str; 3] = ["dpkg", "dpkg-deb", "strip"];
+/// In systemd/debian, where `@UNIT@` stands for a package's service and `@FOLDER@` for its folder's name.
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
+
+/// What a package holds.
+struct Package {
+    /// Also that of its service.
+    name: &'static str,
+    programs: &'static [&'static str],
+    /// The name of its folders below /etc and /var/lib.
+    folder: &'static str,
+    /// A file in systemd/ that becomes its configuration.
+    config: Option<&'static str>,
+    /// Further empty folders, and who may read them.
+    empty: &'static [(&'static str, u32)],
+    /// As the field of that name, from its first line on.
+    description: &'static str,
+}
+
+const PACKAGES: [Package; 2] = [
+    Package {
+        name: "dwcpd",
+        programs: &["dwcpd", "dwcpctl"],
+        folder: "dwcp",
+        config: Some("dwcpd.toml"),
+        empty: &[("etc/dwcp/peers", 0o755), ("var/lib/dwcp", 0o700)],
+        description: "node agent for the live migration of virtual machines\n \
+            dwcpd stands between the migration sockets of two hypervisors and moves\n \
+            a running guest's memory from one node to another, as it is or compressed,\n \
+            encrypted and signed. dwcpctl is its command line.\n",
+    },
+    Package {
+        name: "dwcp-control",
+        programs: &["dwcp-control"],
+        folder: "dwcp-control",
+        config: None,
+        empty: &[("etc/dwcp-control", 0o700), ("var/lib/dwcp-control", 0o700)],
+        description: "feature flags for the nodes of a DWCP fleet\n \
+            dwcp-control tells each dwcpd whether it may use path v3, keeps the\n \
+            inventory of nodes and an audit of every change, and shows which nodes\n \
+            have applied it.\n",
+    },
+];
 
 const COPYRIGHT: &str = "\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
@@ -30,42 +70,53 @@ License: Apache-2.0 or MIT
  /usr/share/common-licenses/Apache-2.0, the MIT license beside this file.
 ";
 
-/// Builds the programs and `target/debian/dwcpd_VERSION_ARCH.deb`, and gives its path.
-pub(crate) fn deb() -> Result<PathBuf> {
+/// Builds the programs and `target/debian/PACKAGE_VERSION_ARCH.deb` of each package, and gives their paths.
+pub(crate) fn deb() -> Result<Vec<PathBuf>> {
     build_programs()?;
+    PACKAGES.iter().map(pack).collect()
+}
+
+fn pack(package: &Package) -> Result<PathBuf> {
+    let Package { name, folder, .. } = *package;
     let target = target_dir()?;
-    let folder = target.join("debian");
-    let tree = folder.join("tree");
+    let tree = target.join("debian").join(name);
     let _ = fs::remove_dir_all(&tree);
-    for program in PROGRAMS {
+    for program in package.programs {
         let to = place(&tree, &format!("usr/bin/{program}"))?;
         // Without the line tables, which are most of it; names stay, for backtraces.
         let from = target.join("release").join(program);
         output(bounded(QUICK, "strip").args(["--strip-debug", "-o"]).arg(&to).arg(from))?;
     }
-    copy(&tree, "systemd/dwcpd.service", "usr/lib/systemd/system/dwcpd.service", 0o644)?;
-    copy(&tree, "systemd/dwcpd.toml", "etc/dwcp/dwcpd.toml", 0o644)?;
-    copy(&tree, "LICENSE-MIT", "usr/share/doc/dwcpd/LICENSE-MIT", 0o644)?;
-    write(&tree, "usr/share/doc/dwcpd/copyright", COPYRIGHT, 0o644)?;
-    for (empty, mode) in [("etc/dwcp/peers", 0o755), ("var/lib/dwcp", 0o700)] {
+    let service = format!("{name}.service");
+    copy(&tree, &format!("systemd/{service}"), &format!("usr/lib/systemd/system/{service}"), 0o644)?;
+    copy(&tree, "LICENSE-MIT", &format!("usr/share/doc/{name}/LICENSE-MIT"), 0o644)?;
+    write(&tree, &format!("usr/share/doc/{name}/copyright"), COPYRIGHT, 0o644)?;
+    for (empty, mode) in package.empty {
         fs::create_dir_all(tree.join(empty))?;
-        fs::set_permissions(tree.join(empty), fs::Permissions::from_mode(mode))?;
+        fs::set_permissions(tree.join(empty), fs::Permissions::from_mode(*mode))?;
+    }
+    if let Some(config) = package.config {
+        let to = format!("etc/{folder}/{config}");
+        copy(&tree, &format!("systemd/{config}"), &to, 0o644)?;
+        write(&tree, "DEBIAN/conffiles", &format!("/{to}\n"), 0o644)?;
     }
     let architecture = output(bounded(QUICK, "dpkg").arg("--print-architecture"))?.trim().to_owned();
-    let control = control(&architecture, &glibc(&tree)?, installed_kib(&tree)?);
+    let control = control(package, &architecture, &glibc(&tree, package.programs)?, installed_kib(&tree)?);
     write(&tree, "DEBIAN/control", &control, 0o644)?;
-    write(&tree, "DEBIAN/conffiles", "/etc/dwcp/dwcpd.toml\n", 0o644)?;
     for script in SCRIPTS {
-        copy(&tree, &format!("systemd/debian/{script}"), &format!("DEBIAN/{script}"), 0o755)?;
+        let text = fs::read_to_string(root().join("systemd/debian").join(script))?;
+        let text = text.replace("@UNIT@", &service).replace("@FOLDER@", folder);
+        write(&tree, &format!("DEBIAN/{script}"), &text, 0o755)?;
     }
-    let package = folder.join(format!("dwcpd_{VERSION}_{architecture}.deb"));
-    output(bounded(QUICK, "dpkg-deb").args(["--root-owner-group", "--build"]).arg(&tree).arg(&package))?;
-    Ok(package)
+    let made = target.join("debian").join(format!("{name}_{VERSION}_{architecture}.deb"));
+    output(bounded(QUICK, "dpkg-deb").args(["--root-owner-group", "--build"]).arg(&tree).arg(&made))?;
+    Ok(made)
 }
 
-fn control(architecture: &str, glibc: &str, kib: u64) -> String {
+fn control(package: &Package, architecture: &str, glibc: &str, kib: u64) -> String {
+    let Package { name, description, .. } = package;
     format!(
-        "Package: dwcpd\n\
+        "Package: {name}\n\
          Version: {VERSION}\n\
          Architecture: {architecture}\n\
          Maintainer: The DWCP developers\n\
@@ -74,17 +125,14 @@ fn control(architecture: &str, glibc: &str, kib: u64) -> String {
          Priority: optional\n\
          Installed-Size: {kib}\n\
          Depends: libc6 (>= {glibc}), libgcc-s1\n\
-         Description: node agent for the live migration of virtual machines\n \
-         dwcpd stands between the migration sockets of two hypervisors and moves\n \
-         a running guest's memory from one node to another, as it is or compressed,\n \
-         encrypted and signed. dwcpctl is its command line.\n"
+         Description: {description}"
     )
 }
 
 /// The newest C library that a program asks for: the highest `GLIBC_x.y` among its symbols' versions.
-fn glibc(tree: &Path) -> Result<String> {
+fn glibc(tree: &Path, programs: &[&str]) -> Result<String> {
     let mut newest = (0, 0);
-    for program in PROGRAMS {
+    for program in programs {
         let bytes = fs::read(tree.join("usr/bin").join(program))?;
         for at in bytes.windows(6).enumerate().filter(|(_, window)| window == b"GLIBC_").map(|(at, _)| at) {
             let rest: String = bytes[at + 6..].iter().take(8).map(|&byte| char::from(byte)).collect();

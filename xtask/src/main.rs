@@ -52,7 +52,7 @@ enum Chore {
     Drill(drill::Drill),
     /// Measure this product beside what else there is; takes minutes
     Compare(compare::Arguments),
-    /// Build the Debian package into target/debian
+    /// Build the Debian packages into target/debian: dwcpd, dwcp-control
     Deb,
     /// Get QEMU 7.2 and 10.0 and a kernel from Debian's packages into target/lab, and build the test guest
     Setup,
@@ -69,7 +69,9 @@ fn main() -> ExitCode {
         Chore::Coverage(arguments) => coverage::coverage(&arguments),
         Chore::Drill(drill) => drill::drill(&drill),
         Chore::Compare(arguments) => compare::compare(&arguments),
-        Chore::Deb => deb::deb().map(|package| println!("{}", package.display())),
+        Chore::Deb => {
+            deb::deb().map(|packages| packages.iter().for_each(|package| println!("{}", package.display())))
+        }
         Chore::Setup => setup::setup().map(drop),
     };
     match done {

@@ -16,15 +16,15 @@ const BUILD: Duration = Duration::from_secs(30 * 60);
 /// For all tests, the end-to-end tests one after the other.
 const TEST: Duration = Duration::from_secs(30 * 60);
 
-/// Sets up the laboratory, builds the programs and the package, and runs every test.
+/// Sets up the laboratory, builds the programs and the packages, and runs every test.
 pub(crate) fn test() -> Result<()> {
     setup_or_skip()?;
     build_programs()?;
     build_faulty()?;
     match TOOLS_OF_DEB.iter().find(|program| !installed(program)) {
-        // A test installs and purges it.
+        // A test installs and purges them.
         None => drop(deb()?),
-        Some(missing) => skip("the Debian package", &format!("no {missing} here"))?,
+        Some(missing) => skip("the Debian packages", &format!("no {missing} here"))?,
     }
     let skipped = target_dir()?.join("skipped.txt");
     let _ = fs::remove_file(&skipped);
