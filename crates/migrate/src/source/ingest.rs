@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dwcp_proto::limits::PAGE_SIZE;
-use dwcp_proto::{Mode, Record, Segment};
+use dwcp_proto::{Record, Segment};
 use dwcp_vmm::stream::{Cutter, OpaqueReason};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -16,13 +16,8 @@ use crate::counters::Counters;
 use crate::report::Report;
 
 /// Bytes of guest pages in one chunk. Larger chunks cost less each; what lies in the pipeline when the guest stops adds to its
-/// downtime, which counts where the link is slow. Compression gains less than half a percent from 256 KiB to 512 KiB.
-pub(crate) fn chunk_size(mode: Mode) -> usize {
-    match mode {
-        Mode::Internet => 256 << 10,
-        Mode::Datacenter => 512 << 10,
-    }
-}
+/// downtime. Compression gains less than half a percent from 256 KiB to 512 KiB.
+pub(crate) const CHUNK: usize = 512 << 10;
 
 /// Segments that may wait for the next stage.
 pub(crate) const QUEUE: usize = 1;
@@ -34,12 +29,11 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// Reads `stream` to its end. Back-pressure is by `segments` being full: then nothing more is read, and the VMM waits.
 pub(crate) async fn ingest(
     stream: Arc<UnixStream>,
-    mode: Mode,
     segments: mpsc::Sender<Segment>,
     report: Arc<Report>,
 ) -> io::Result<u64> {
     let counters = report.counters.clone();
-    let mut cutter = Cutter::new(chunk_size(mode));
+    let mut cutter = Cutter::new(CHUNK);
     let mut told = false;
     loop {
         if let Some(reason) = cutter.opaque_reason().filter(|r| !told && *r != OpaqueReason::DeviceState) {

@@ -348,7 +348,7 @@ impl Run {
         );
         let turns = self.turns_tx.clone();
         let carry = async move {
-            let read = ingest::ingest(stream, leg.mode, segments_tx, report);
+            let read = ingest::ingest(stream, segments_tx, report);
             let send = carry(out, control, Reel::new(segments), data, helm, turns);
             tokio::pin!(read, send);
             tokio::select! {

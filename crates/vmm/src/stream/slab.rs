@@ -4,8 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-/// Buffers kept for the next use; what is in flight beyond that is returned to the allocator.
-const KEEP: usize = 16;
+/// Bytes of buffers kept for the next use; what was in flight beyond that is returned to the allocator. On a long link that is a lot, and
+/// it comes back in bursts: memory that goes to the system and comes again costs more than to fill it.
+const KEEP: usize = 32 << 20;
 
 /// Buffers of one size. They are zeroed once, when made; a recycled one holds old bytes until they are written over.
 #[derive(Debug)]
@@ -16,7 +17,7 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(size: usize) -> Arc<Self> {
-        Arc::new(Pool { size, free: Mutex::new(Vec::with_capacity(KEEP)) })
+        Arc::new(Pool { size, free: Mutex::new(Vec::new()) })
     }
 
     pub(super) fn get(&self) -> Vec<u8> {
@@ -44,7 +45,7 @@ impl AsRef<[u8]> for Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.len() < KEEP {
+        if (free.len() + 1) * self.pool.size <= KEEP {
             free.push(std::mem::take(&mut self.buffer));
         }
     }
