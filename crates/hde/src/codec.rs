@@ -1,5 +1,8 @@
 //! Codecs: how a chunk's payload is compressed, with contexts that are made once and reused.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
 use dwcp_proto::Codec;
 use lz4_flex::block::{self, CompressTable};
 use zstd_safe::{CCtx, DCtx};
@@ -38,6 +41,34 @@ impl Compressor {
 pub(crate) struct Decompressor {
     zstd: DCtx<'static>,
     out: Vec<u8>,
+    free: Free,
+}
+
+/// Buffers that were given away and have come back.
+type Free = Arc<Mutex<Vec<Vec<u8>>>>;
+
+/// Buffers kept for the next use. Fresh memory for each chunk costs as much as to decompress it.
+const KEEP: usize = 16;
+
+/// A buffer that was given away.
+struct Lease {
+    buffer: Vec<u8>,
+    free: Free,
+}
+
+impl AsRef<[u8]> for Lease {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.len() < KEEP {
+            free.push(std::mem::take(&mut self.buffer));
+        }
+    }
 }
 
 /// Why a payload does not decompress.
@@ -53,7 +84,16 @@ const LZ4_MAX_RATIO: usize = 255;
 
 impl Decompressor {
     pub(crate) fn new() -> Self {
-        Decompressor { zstd: DCtx::create(), out: Vec::new() }
+        Decompressor { zstd: DCtx::create(), out: Vec::new(), free: Free::default() }
+    }
+
+    /// Gives away the first `len` bytes of what was decompressed last from another codec than [`Codec::Raw`]. Their memory comes back
+    /// when they are dropped.
+    pub(crate) fn give(&mut self, len: usize) -> Bytes {
+        let next = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let buffer = std::mem::replace(&mut self.out, next);
+        let len = len.min(buffer.len());
+        Bytes::from_owner(Lease { buffer, free: Arc::clone(&self.free) }).slice(..len)
     }
 
     /// The `raw_len` bytes that `payload` stands for. The caller has held `raw_len` against its limit;
@@ -102,4 +142,31 @@ fn scratch(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
         buffer.resize(len, 0);
     }
     &mut buffer[..len]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_given_away_stays_and_its_memory_comes_back() {
+        let (first, second) = (vec![1; 5000], vec![2; 3000]);
+        let mut compressor = Compressor::new();
+        let payloads = [&first, &second].map(|raw| compressor.zstd(raw, 1).unwrap().to_vec());
+        let mut decompressor = Decompressor::new();
+        let mut unpack = |payload: &[u8], len| {
+            decompressor.decompress(Codec::Zstd, payload, len).unwrap();
+            decompressor.give(len)
+        };
+        let held = unpack(&payloads[0], 5000);
+        let other = unpack(&payloads[1], 3000);
+        assert_eq!((&held[..], &other[..]), (&first[..], &second[..]));
+        let place = held.as_ptr();
+        drop(held);
+        // In place of what is decompressed next but one.
+        let third = unpack(&payloads[1], 3000);
+        let fourth = unpack(&payloads[1], 3000);
+        assert!(third.as_ptr() == place || fourth.as_ptr() == place);
+        assert_eq!((&third[..], &fourth[..]), (&second[..], &second[..]));
+    }
 }

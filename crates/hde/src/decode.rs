@@ -165,7 +165,7 @@ impl Decoder {
         let raw = raw.map_err(|refusal| refused(refusal, codec, raw_len))?;
         let mut table = Table::default();
         let parts = Content::parse(raw, stream_len, true, &mut table)?;
-        let raw = if codec == Codec::Raw { payload.clone() } else { Bytes::copy_from_slice(raw) };
+        let raw = if codec == Codec::Raw { payload.clone() } else { self.decompressor.give(raw_len) };
         Ok(Unpacked { raw, parts, table, stream_len })
     }
 
