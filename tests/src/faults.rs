@@ -283,7 +283,7 @@ pub const WITHOUT: &[Without] = &[
     Without { mechanism: "chain", tests: &["omit", "reorder"] },
     Without { mechanism: "old_round", tests: &["old_round"] },
     Without { mechanism: "equivocation", tests: &["equivocation"] },
-    Without { mechanism: "word_signature", tests: &["reflect"] },
+    Without { mechanism: "word_signature", tests: &["forged_word"] },
     Without { mechanism: "receipt", tests: &["forged_receipt"] },
     Without { mechanism: "join_signature", tests: &["v1_hijack"] },
     Without {

@@ -13,7 +13,7 @@ use dwcp_proto::chunk::Kind;
 use dwcp_proto::frame::PLAIN_PREAMBLE;
 use dwcp_proto::handover::{Message as Word, Transfer};
 use dwcp_proto::limits::MAX_RAW_PAYLOAD;
-use dwcp_proto::message::{Ack, Body, Join, Purpose};
+use dwcp_proto::message::{Ack, Body, Join, Purpose, Signed};
 use dwcp_proto::session::join_message;
 use dwcp_proto::{Codec, NodeKey, NodeName, PageVersion, Seq, SessionId, StreamOffset};
 use dwcp_tests::{Agent, AgentConfig, Ending, SimGuest, SimScene, attempts, until};
@@ -331,6 +331,16 @@ fn forged_receipt() -> Result<()> {
         body => vec![body],
     });
     Case::new(early).refused("forged_receipt", "forged_receipt", &[("forged_receipt", 1)], &[])
+}
+
+/// A receipt that the destination has not signed, for just what was delivered.
+#[test]
+fn forged_word() -> Result<()> {
+    let forge = Attack::to_source(|body, _| match body {
+        Body::Signed(signed) => vec![Body::Signed(Signed { signature: vec![0x5a; 64], ..signed })],
+        body => vec![body],
+    });
+    Case::new(forge).refused("forged_word", "protocol", &[("protocol", 1)], &[])
 }
 
 #[test]
