@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use dwcp_proto::PageIndex;
 use dwcp_proto::limits::PAGE_SIZE;
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 use super::find::{self, Unmapped};
 use super::{MappedError, Page};
@@ -93,7 +95,7 @@ impl Ram {
                             at += written as u64;
                             IoSlice::advance_slices(&mut rest, written);
                         }
-                        Err(rustix::io::Errno::INTR) => {}
+                        Err(Errno::INTR) => {}
                         Err(error) => return Err(error.into()),
                     }
                 }
@@ -122,9 +124,11 @@ impl Ram {
         self.at(block, first, count as usize, |file, at| {
             let mut pages = [ZERO; STRIDE];
             let mut at = at;
-            let mut left = count as usize;
-            while left > 0 {
-                let some = left.min(STRIDE);
+            let end = at + u64::from(count) * PAGE_SIZE as u64;
+            while let Some(data) = next_data(file, at)?.filter(|data| *data < end) {
+                // The data may begin within a page only where the file's own pages are smaller.
+                at += (data - at) / PAGE_SIZE as u64 * PAGE_SIZE as u64;
+                let some = ((end - at) / PAGE_SIZE as u64).min(STRIDE as u64) as usize;
                 file.read_exact_at(pages[..some].as_flattened_mut(), at)?;
                 for (page, place) in pages[..some].iter().zip((at..).step_by(PAGE_SIZE)) {
                     if *page != ZERO {
@@ -132,7 +136,6 @@ impl Ram {
                     }
                 }
                 at += (some * PAGE_SIZE) as u64;
-                left -= some;
             }
             Ok(())
         })
@@ -148,6 +151,17 @@ impl Ram {
         let backing = self.blocks.get(block).ok_or_else(|| beyond(block, first))?;
         let place = backing.place(first, count as u64).ok_or_else(|| beyond(block, first))?;
         work(&backing.file, place).map_err(|source| MappedError::Io { block: shown(block), source })
+    }
+}
+
+/// Where the next byte that is in no hole lies, from `at` on; `None` if there is none.
+fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
+    match rustix::fs::seek(file, SeekFrom::Data(at)) {
+        Ok(data) => Ok(Some(data.max(at))),
+        Err(Errno::NXIO) => Ok(None),
+        // A file system that does not tell, as that of huge pages: all may be data.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(at)),
+        Err(error) => Err(error.into()),
     }
 }
 

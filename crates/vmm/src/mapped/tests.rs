@@ -263,3 +263,22 @@ fn zeros_leave_holes_alone() {
     sink.zeros(at(0, PAGES as u32, false), false).unwrap();
     assert_eq!(vmm.files[0].metadata().unwrap().blocks(), 0);
 }
+
+#[test]
+fn zeros_find_what_lies_between_holes() {
+    use std::os::unix::fs::MetadataExt;
+    let vmm = Vmm::new(false);
+    let mut sink = vmm.sink();
+    let file = &vmm.files[0];
+    for page in [1, 2, PAGES - 1] {
+        file.write_all_at(&[7; PAGE_SIZE], page * PAGE_SIZE as u64).unwrap();
+    }
+    let taken = file.metadata().unwrap().blocks();
+    // All but the first and the last.
+    sink.zeros(at(1, PAGES as u32 - 2, false), false).unwrap();
+    let mut all = [1; PAGES as usize * PAGE_SIZE];
+    file.read_exact_at(&mut all, 0).unwrap();
+    let (zeroed, last) = all.split_at((PAGES as usize - 1) * PAGE_SIZE);
+    assert!(zeroed.iter().all(|&byte| byte == 0) && last.iter().all(|&byte| byte == 7));
+    assert_eq!(file.metadata().unwrap().blocks(), taken);
+}
