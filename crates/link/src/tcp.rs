@@ -9,7 +9,7 @@ use std::time::Duration;
 use socket2::{Domain, SockRef, Socket as Socket2, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
-use crate::tcp_info::{queued, tcp_info};
+use crate::tcp_info::{queued, set_receive_low_water, tcp_info};
 
 /// Settings of a TCP connection. `TCP_NODELAY` is always on: messages are written whole.
 #[derive(Debug, Clone)]
@@ -80,6 +80,11 @@ impl Socket {
     }
 }
 
+/// Bytes of a TLS record on the wire at most, as RFC 8446 has it: 2^14 and 256 of content, five of header.
+const MAX_RECORD: usize = (1 << 14) + 256 + 5;
+/// Bytes that a reader lets come together at most: far from what the kernel keeps for a connection, so that its peer is never held up.
+const MAX_AWAITED: usize = 128 << 10;
+
 /// Measures and adjusts a connection while others read from and write to it. Does not keep it open. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Gauge(Weak<OwnedFd>);
@@ -128,6 +133,18 @@ impl Gauge {
             // Zero is the kernel's word for "use the sysctl".
             Some(socket) => SockRef::from(&*socket).set_tcp_notsent_lowat(bytes.unwrap_or(0)),
             None => Ok(()),
+        }
+    }
+
+    /// Lets a reader that wants so many bytes more sleep until most of them are here, however small the packets are that they come in. To be
+    /// said before each wait, of bytes that come for certain: the reader of a connection whose peer says less waits for ever. Nothing happens
+    /// without a socket.
+    pub fn awaits(&self, bytes: usize) {
+        // A TLS connection may hold the beginning of a record; what is missing of it is less than what is wanted then.
+        let most = bytes.saturating_sub(MAX_RECORD).clamp(1, MAX_AWAITED);
+        if let Some(socket) = self.0.upgrade() {
+            // A wish only: without it the reader is woken more often.
+            let _ = set_receive_low_water(socket.as_fd(), most as u32);
         }
     }
 

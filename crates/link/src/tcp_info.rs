@@ -36,3 +36,19 @@ pub(crate) fn queued(fd: BorrowedFd<'_>) -> io::Result<u32> {
     }
     Ok(bytes.try_into().unwrap_or(0))
 }
+
+/// `SO_RCVLOWAT` of socket(7): how many bytes have to be here before a reader is woken.
+pub(crate) fn set_receive_low_water(fd: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    let value = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    // SAFETY: `fd` is open for the duration of the call, and the kernel reads one int, from `value`.
+    let status = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

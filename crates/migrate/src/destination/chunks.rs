@@ -39,6 +39,10 @@ use crate::wire::{Frame, WireError, read_frame};
 /// Refused chunks named in one acknowledgement: 256 take some 4 KiB of the 16 KiB that a control message may have.
 const MAX_WANTED: usize = 256;
 
+/// Where a chunk came at so many bytes a second, the next one is left to come together before it is read: to be woken for each packet
+/// costs a tenth of this agent's time. On a slower connection each packet is a sign of life: see [`super::silence`].
+const SWIFT: f64 = 1e6;
+
 /// How long the source may take to begin another leg where a page did not prove itself.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -304,9 +308,10 @@ impl Link {
         let Ok((mut reader, _writer)) = arrival.accept(&self.incoming.session, next, applied).await else {
             return;
         };
+        let mut swift = false;
         loop {
             self.waiting.begins();
-            let read = self.read_chunk(&mut reader).await;
+            let read = self.read_chunk(&mut reader, &mut swift).await;
             self.waiting.ends();
             match read {
                 Ok(()) => {}
@@ -327,7 +332,7 @@ impl Link {
         }
     }
 
-    async fn read_chunk(&self, reader: &mut Reader) -> Result<(), ReadError> {
+    async fn read_chunk(&self, reader: &mut Reader, swift: &mut bool) -> Result<(), ReadError> {
         let signed = match read_frame(reader, 0).await? {
             Frame::Chunk(signed) => signed,
             Frame::Message(_) => {
@@ -350,13 +355,17 @@ impl Link {
         let guard = Admitted { receiver: &self.receiver, seq: (admission == Admission::Take).then_some(seq) };
         let mut payload = BytesMut::with_capacity(len);
         let mut limited = tokio::io::AsyncReadExt::take(&mut *reader, len as u64);
+        let (gauge, began) = (limited.get_ref().gauge(), Instant::now());
         while payload.len() < len {
+            gauge.awaits(if *swift { len - payload.len() } else { 1 });
             if limited.read_buf(&mut payload).await.map_err(WireError::from)? == 0 {
                 return Err(WireError::Closed.into());
             }
             self.waiting.begins();
         }
         self.waiting.ends();
+        gauge.awaits(1);
+        *swift = len as f64 >= SWIFT * began.elapsed().as_secs_f64();
         self.incoming.counters.wire.add((SIGNED_HEADER_LEN + dwcp_proto::frame::HEAD_LEN + len) as u64);
         if admission == Admission::Duplicate {
             return Ok(());
