@@ -43,9 +43,11 @@ impl Ram {
         Ok(Ram { blocks: find::backings(qemu).await? })
     }
 
-    /// RAM that lies in these files from their beginning, all of each file.
-    #[cfg(test)]
-    pub(super) fn in_files(files: impl IntoIterator<Item = (&'static [u8], File)>) -> io::Result<Self> {
+    /// RAM that lies in these files from their beginning, all of each file: for benches and tests, which have no VMM.
+    ///
+    /// # Errors
+    /// A file does not tell its length.
+    pub fn in_files(files: impl IntoIterator<Item = (&'static [u8], File)>) -> io::Result<Self> {
         let backing = |(name, file): (&'static [u8], File)| {
             let len = file.metadata()?.len();
             Ok((name.into(), Backing { file, offset: 0, len }))
