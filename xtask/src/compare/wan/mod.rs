@@ -57,15 +57,17 @@ pub(crate) fn compare(settings: &Settings) -> Result<()> {
         Ok(text) => serde_json::from_str(&text).with_context(|| format!("read {}", file.display()))?,
         Err(_) => Report::default(),
     };
-    if !settings.render {
-        measure(settings, &mut report)?;
+    match settings.render {
+        true => publish(&report),
+        false => measure(settings, &mut report),
     }
-    if settings.setting.is_empty() {
-        fs::write(&file, serde_json::to_string_pretty(&report)? + "\n")?;
-        fs::write(root().join("docs/compare-wan.md"), report.document())?;
-        fs::write(root().join("docs/compare-wan.svg"), chart::svg(&report.cases))?;
-        println!("written to docs/compare-wan.md, .svg and .json");
-    }
+}
+
+fn publish(report: &Report) -> Result<()> {
+    fs::write(root().join("docs/compare-wan.json"), serde_json::to_string_pretty(report)? + "\n")?;
+    fs::write(root().join("docs/compare-wan.md"), report.document())?;
+    fs::write(root().join("docs/compare-wan.svg"), chart::svg(&report.cases))?;
+    println!("written to docs/compare-wan.md, .svg and .json");
     Ok(())
 }
 
@@ -82,6 +84,10 @@ fn measure(settings: &Settings, report: &mut Report) -> Result<()> {
             println!("\n{}", case.table());
             let facts = machine::describe(&kit, cores)?;
             report.put(Case { machine: facts, ..case });
+            // At once: the next case may fail, after many minutes.
+            if settings.setting.is_empty() {
+                publish(report)?;
+            }
         }
     }
     for line in report.verdicts() {
