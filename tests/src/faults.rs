@@ -292,8 +292,6 @@ pub const WITHOUT: &[Without] = &[
             "v1_goes_on_after_its_link_was_cut",
             "v3_goes_on_after_its_links_were_cut",
             "a_lost_receipt",
-            "a_lost_commit",
-            "a_lost_last_word",
         ],
     },
     Without { mechanism: "give_up", tests: &["a_black_hole_in_one_direction"] },

@@ -108,7 +108,7 @@ fn a_clock_that_jumps() -> Result<()> {
     scene.incoming()?;
     let mut jumped = false;
     let said = scene.migrate_watched(
-        &["--bandwidth-limit", "48Mbit", "--id", "m1", "--deadline", "60s"],
+        &["--bandwidth-limit", "16Mbit", "--id", "m1", "--deadline", "60s"],
         |line| {
             let status: Value = serde_json::from_str(line).unwrap_or_default();
             if status["status"] == "precopy" && !jumped {
