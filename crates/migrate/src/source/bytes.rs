@@ -52,7 +52,7 @@ pub(crate) async fn send(
         };
         tokio::pin!(join);
         let joined = loop {
-            if let Some(transfer) = ring.delivered(reel)? {
+            if let Some(transfer) = ring.delivered(reel, control).await? {
                 return Ok((Carried::All(transfer), ring));
             }
             let turns = reel.length().is_none();
@@ -145,9 +145,13 @@ impl Ring {
         held == 0 || Mechanism::BackPressure.is_off() || (held < may && reel.handed() - self.written < AHEAD)
     }
 
-    /// The whole transfer, once the destination has applied all of it.
-    fn delivered(&mut self, reel: &mut Reel) -> Result<Option<Transfer>, Failure> {
+    /// The whole transfer, once the destination has applied all of it. It is told where the stream ends first: the end may come after the last
+    /// byte was acknowledged, and the destination waits for that word.
+    async fn delivered(&mut self, reel: &mut Reel, control: &Control) -> Result<Option<Transfer>, Failure> {
         let Some(length) = reel.length() else { return Ok(None) };
+        if !self.told {
+            self.tell_end(length, control).await;
+        }
         if self.receipt.borrow_and_update().is_some_and(|receipt| receipt.stream_len == length) {
             // Our own digest of all of it is held against the receipt before anything follows from it.
             self.trim(reel, length)?;
@@ -237,13 +241,10 @@ impl Ring {
         let mut flushed = true;
         (self.moved, self.stalled) = (Instant::now(), false);
         loop {
-            if let Some(transfer) = self.delivered(reel)? {
+            if let Some(transfer) = self.delivered(reel, control).await? {
                 return Ok(Ended::Leg(Carried::All(transfer)));
             }
             let length = reel.length();
-            if let Some(length) = length.filter(|_| !self.told) {
-                self.tell_end(length, control).await;
-            }
             let unwritten = reel.bytes_from(self.written);
             let has_room = length.is_none() && self.has_room(reel);
             let wait = self.out.throttle.wait();
