@@ -47,8 +47,8 @@ pub(crate) struct Decompressor {
 /// Buffers that were given away and have come back.
 type Free = Arc<Mutex<Vec<Vec<u8>>>>;
 
-/// Buffers kept for the next use. Fresh memory for each chunk costs as much as to decompress it.
-const KEEP: usize = 16;
+/// Buffers kept for the next use, by each worker. Fresh memory for each chunk costs as much as to decompress it.
+const KEEP: usize = 4;
 
 /// A buffer that was given away.
 struct Lease {
