@@ -13,6 +13,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dwcp_benches::guest_stream;
 use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_vmm::mapped::{Ram, Splitter};
+use dwcp_vmm::stream::Cutter;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 /// Of the stream's one block.
@@ -27,13 +28,23 @@ fn sink(c: &mut Criterion) {
     for page in 0..PAGES as u64 {
         file.write_all_at(&[1; PAGE_SIZE], page * PAGE_SIZE as u64).unwrap();
     }
+    // As chunks hold it: never cut within a page.
+    let mut cutter = Cutter::new(CHUNK);
+    let (mut rest, mut chunks) = (&stream[..], Vec::new());
+    while !rest.is_empty() {
+        let taken = cutter.feed(rest);
+        rest = &rest[taken..];
+        chunks.extend(std::iter::from_fn(|| cutter.pop()));
+    }
+    cutter.finish();
+    chunks.extend(std::iter::from_fn(|| cutter.pop()));
     let mut group = c.benchmark_group("sink");
     group.throughput(Throughput::Bytes(stream.len() as u64));
     group.bench_function("mapped RAM", |b| {
         b.iter(|| {
             let mut splitter = Splitter::new(Ram::in_files([(BLOCK, file.try_clone().unwrap())]).unwrap());
-            for bytes in stream.chunks(CHUNK) {
-                splitter.apply(bytes).unwrap();
+            for chunk in &chunks {
+                splitter.apply(&chunk.bytes).unwrap();
                 black_box(splitter.take());
             }
             // Otherwise it was not taken apart, and nothing was measured.
