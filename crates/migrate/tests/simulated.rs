@@ -11,6 +11,7 @@ use dwcp_migrate::Policy;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, Vmm};
 use dwcp_migrate::status::Phase;
 use dwcp_proto::{MigrationId, NodeName, VmName};
+use dwcp_vmm::sim::Fault;
 
 use scene::{LIMIT, Scene, ended, gate};
 
@@ -36,6 +37,19 @@ async fn a_guest_moves_over_v1_inside_tls_and_plain() {
         let status = scene.migrate(MigrateSpec { path: PathWish::V1, ..scene.spec() }).await.unwrap();
         assert_eq!((status.phase, status.error), (Phase::Completed, None));
         assert_eq!((status.path.as_deref(), status.encryption.as_deref()), (Some("v1"), Some(encryption)));
+        scene.assert_moved();
+    }
+}
+
+/// The last byte has been acknowledged long before the stream's end is seen.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vmm_that_closes_its_stream_late_is_waited_for() {
+    for path in [PathWish::V1, PathWish::V3] {
+        let scene = Scene::new(true, true, Policy::default()).await;
+        scene.source.inject(Fault::CloseLate(Duration::from_millis(200)));
+        scene.awaited().await;
+        let status = scene.migrate(MigrateSpec { path, ..scene.spec() }).await.unwrap();
+        assert_eq!((status.phase, status.error), (Phase::Completed, None));
         scene.assert_moved();
     }
 }

@@ -185,6 +185,13 @@ async fn send_all(core: &Arc<Core>, to: Connection) -> io::Result<()> {
         std::future::pending::<()>().await;
     }
     out.write(&last).await?;
+    let late = core.machine().faults.iter().find_map(|fault| match fault {
+        Fault::CloseLate(by) => Some(*by),
+        _ => None,
+    });
+    if let Some(late) = late {
+        tokio::time::sleep(late).await;
+    }
     out.stream.shutdown().await?;
     core.machine().downtime = Some(stopped.elapsed());
     Ok(())

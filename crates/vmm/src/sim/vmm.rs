@@ -31,6 +31,8 @@ pub enum Fault {
     StallAt(u64),
     /// Nothing more is written, and nothing is closed, once the guest has stopped for the last round.
     StallAtStop,
+    /// The stream is closed so long after its last byte was written.
+    CloseLate(Duration),
     /// The process dies when it gets this command, before it answers.
     DieOn(String),
     /// This command gets no answer, nor does any after it.
