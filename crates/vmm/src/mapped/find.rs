@@ -88,7 +88,7 @@ pub(super) async fn backings(qemu: &Qemu) -> Result<BTreeMap<Box<[u8]>, Backing>
         if fstatfs(&file).map_err(|error| failed(error.into()))?.f_type as i64 == HUGETLBFS {
             return Err(Unmapped::HugePages { id: wanted.id });
         }
-        let backing = Backing { file, offset: map.offset, len: block.used.min(map.len) };
+        let backing = Backing::new(file, map.offset, block.used.min(map.len)).map_err(failed)?;
         found.insert(block.name.as_bytes().into(), backing);
     }
     if found.is_empty() { Err(Unmapped::NotShared) } else { Ok(found) }

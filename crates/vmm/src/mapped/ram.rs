@@ -16,6 +16,8 @@ use crate::qmp::Qemu;
 
 /// Pages that are looked at together for whether they are zero already.
 const STRIDE: usize = 16;
+/// `TMPFS_MAGIC` of statfs(2): memfds and /dev/shm.
+const TMPFS: i64 = 0x0102_1994;
 /// Parts of one vectored write: the kernel's IOV_MAX.
 const MAX_PARTS: usize = 1024;
 
@@ -32,6 +34,8 @@ pub(super) struct Backing {
     /// Where in the file the block begins.
     pub(super) offset: u64,
     pub(super) len: u64,
+    /// The file system is known to tell what is in no hole: see [`next_data`].
+    tells_holes: bool,
 }
 
 impl Ram {
@@ -50,7 +54,7 @@ impl Ram {
     pub fn in_files(files: impl IntoIterator<Item = (&'static [u8], File)>) -> io::Result<Self> {
         let backing = |(name, file): (&'static [u8], File)| {
             let len = file.metadata()?.len();
-            Ok((name.into(), Backing { file, offset: 0, len }))
+            Ok((name.into(), Backing::new(file, 0, len)?))
         };
         Ok(Ram { blocks: files.into_iter().map(backing).collect::<io::Result<_>>()? })
     }
@@ -123,13 +127,18 @@ impl Ram {
     /// memory; what was allocated beforehand stays allocated.
     pub(super) fn zero(&self, block: &[u8], first: PageIndex, count: u32) -> Result<(), MappedError> {
         const ZERO: Page = [0; PAGE_SIZE];
+        let tells_holes = self.blocks.get(block).is_some_and(|backing| backing.tells_holes);
         self.at(block, first, count as usize, |file, at| {
             let mut pages = [ZERO; STRIDE];
             let mut at = at;
             let end = at + u64::from(count) * PAGE_SIZE as u64;
-            while let Some(data) = next_data(file, at)?.filter(|data| *data < end) {
-                // The data may begin within a page only where the file's own pages are smaller.
-                at += (data - at) / PAGE_SIZE as u64 * PAGE_SIZE as u64;
+            while at < end {
+                if tells_holes {
+                    match next_data(file, at)?.filter(|data| *data < end) {
+                        Some(data) => at += (data - at) / PAGE_SIZE as u64 * PAGE_SIZE as u64,
+                        None => break,
+                    }
+                }
                 let some = ((end - at) / PAGE_SIZE as u64).min(STRIDE as u64) as usize;
                 file.read_exact_at(pages[..some].as_flattened_mut(), at)?;
                 for (page, place) in pages[..some].iter().zip((at..).step_by(PAGE_SIZE)) {
@@ -161,13 +170,18 @@ fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
     match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(data) => Ok(Some(data.max(at))),
         Err(Errno::NXIO) => Ok(None),
-        // A file system that does not tell, as that of huge pages: all may be data.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(at)),
         Err(error) => Err(error.into()),
     }
 }
 
 impl Backing {
+    pub(super) fn new(file: File, offset: u64, len: u64) -> io::Result<Self> {
+        // The kernel's own memory knows at once what a VMM writes through its map. Of any other file system that would have to be shown: a
+        // page that it took for a hole would stay as it was in the guest.
+        let tells_holes = rustix::fs::fstatfs(&file)?.f_type as i64 == TMPFS;
+        Ok(Backing { file, offset, len, tells_holes })
+    }
+
     /// Where in the file so many pages lie; `None` if not all of them are in the block.
     fn place(&self, first: PageIndex, count: u64) -> Option<u64> {
         let start = first.0.checked_mul(PAGE_SIZE as u64)?;

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use dwcp_proto::Segment;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::*;
 use crate::sim::StreamWriter;
@@ -23,10 +24,21 @@ struct Vmm {
     cutter: Cutter,
 }
 
+/// What RAM may lie in: the kernel's memory, and another file system, which is not asked for its holes.
+const FILES: [fn() -> File; 2] = [memfd, || tempfile::tempfile().unwrap()];
+
+fn memfd() -> File {
+    memfd_create("ram", MemfdFlags::CLOEXEC).unwrap().into()
+}
+
 impl Vmm {
     fn new(stale: bool) -> Self {
+        Self::on(stale, memfd)
+    }
+
+    fn on(stale: bool, file: fn() -> File) -> Self {
         let files = [0; 2].map(|_| {
-            let file = tempfile::tempfile().unwrap();
+            let file = file();
             file.set_len(PAGES * PAGE_SIZE as u64).unwrap();
             if stale {
                 file.write_all_at(&[0xee; PAGES as usize * PAGE_SIZE], 0).unwrap();
@@ -258,27 +270,31 @@ fn oob_page_beyond_its_block_is_refused() {
 #[test]
 fn zeros_leave_holes_alone() {
     use std::os::unix::fs::MetadataExt;
-    let vmm = Vmm::new(false);
-    let mut sink = vmm.sink();
-    sink.zeros(at(0, PAGES as u32, false), false).unwrap();
-    assert_eq!(vmm.files[0].metadata().unwrap().blocks(), 0);
+    for file in FILES {
+        let vmm = Vmm::on(false, file);
+        let mut sink = vmm.sink();
+        sink.zeros(at(0, PAGES as u32, false), false).unwrap();
+        assert_eq!(vmm.files[0].metadata().unwrap().blocks(), 0);
+    }
 }
 
 #[test]
 fn zeros_find_what_lies_between_holes() {
     use std::os::unix::fs::MetadataExt;
-    let vmm = Vmm::new(false);
-    let mut sink = vmm.sink();
-    let file = &vmm.files[0];
-    for page in [1, 2, PAGES - 1] {
-        file.write_all_at(&[7; PAGE_SIZE], page * PAGE_SIZE as u64).unwrap();
+    for kind in FILES {
+        let vmm = Vmm::on(false, kind);
+        let mut sink = vmm.sink();
+        let file = &vmm.files[0];
+        for page in [1, 2, PAGES - 1] {
+            file.write_all_at(&[7; PAGE_SIZE], page * PAGE_SIZE as u64).unwrap();
+        }
+        let taken = file.metadata().unwrap().blocks();
+        // All but the first and the last.
+        sink.zeros(at(1, PAGES as u32 - 2, false), false).unwrap();
+        let mut all = [1; PAGES as usize * PAGE_SIZE];
+        file.read_exact_at(&mut all, 0).unwrap();
+        let (zeroed, last) = all.split_at((PAGES as usize - 1) * PAGE_SIZE);
+        assert!(zeroed.iter().all(|&byte| byte == 0) && last.iter().all(|&byte| byte == 7));
+        assert_eq!(file.metadata().unwrap().blocks(), taken);
     }
-    let taken = file.metadata().unwrap().blocks();
-    // All but the first and the last.
-    sink.zeros(at(1, PAGES as u32 - 2, false), false).unwrap();
-    let mut all = [1; PAGES as usize * PAGE_SIZE];
-    file.read_exact_at(&mut all, 0).unwrap();
-    let (zeroed, last) = all.split_at((PAGES as usize - 1) * PAGE_SIZE);
-    assert!(zeroed.iter().all(|&byte| byte == 0) && last.iter().all(|&byte| byte == 7));
-    assert_eq!(file.metadata().unwrap().blocks(), taken);
 }
