@@ -357,14 +357,18 @@ impl Link {
         let mut limited = tokio::io::AsyncReadExt::take(&mut *reader, len as u64);
         let (gauge, began) = (limited.get_ref().gauge(), Instant::now());
         while payload.len() < len {
-            gauge.awaits(if *swift { len - payload.len() } else { 1 });
+            if *swift {
+                gauge.awaits(len - payload.len());
+            }
             if limited.read_buf(&mut payload).await.map_err(WireError::from)? == 0 {
                 return Err(WireError::Closed.into());
             }
             self.waiting.begins();
         }
         self.waiting.ends();
-        gauge.awaits(1);
+        if *swift {
+            gauge.awaits(1);
+        }
         *swift = len as f64 >= SWIFT * began.elapsed().as_secs_f64();
         self.incoming.counters.wire.add((SIGNED_HEADER_LEN + dwcp_proto::frame::HEAD_LEN + len) as u64);
         if admission == Admission::Duplicate {
