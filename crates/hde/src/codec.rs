@@ -1,9 +1,10 @@
 //! Codecs: how a chunk's payload is compressed, with contexts that are made once and reused.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use dwcp_proto::Codec;
+use dwcp_proto::buffers::Buffers;
 use lz4_flex::block::{self, CompressTable};
 use zstd_safe::{CCtx, DCtx};
 
@@ -41,35 +42,11 @@ impl Compressor {
 pub(crate) struct Decompressor {
     zstd: DCtx<'static>,
     out: Vec<u8>,
-    free: Free,
+    buffers: Arc<Buffers>,
 }
 
-/// Buffers that were given away and have come back.
-type Free = Arc<Mutex<Vec<Vec<u8>>>>;
-
-/// Buffers kept for the next use, by each worker. Fresh memory for each chunk costs as much as to decompress it.
-const KEEP: usize = 4;
-
-/// A buffer that was given away.
-struct Lease {
-    buffer: Vec<u8>,
-    free: Free,
-}
-
-impl AsRef<[u8]> for Lease {
-    fn as_ref(&self) -> &[u8] {
-        &self.buffer
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.len() < KEEP {
-            free.push(std::mem::take(&mut self.buffer));
-        }
-    }
-}
+/// Bytes of decompressed chunks kept for the next use, by each worker: four full ones of 512 KiB, and a little.
+const KEEP: usize = 5 << 19;
 
 /// Why a payload does not decompress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,16 +61,15 @@ const LZ4_MAX_RATIO: usize = 255;
 
 impl Decompressor {
     pub(crate) fn new() -> Self {
-        Decompressor { zstd: DCtx::create(), out: Vec::new(), free: Free::default() }
+        Decompressor { zstd: DCtx::create(), out: Vec::new(), buffers: Buffers::new(KEEP) }
     }
 
     /// Gives away the first `len` bytes of what was decompressed last from another codec than [`Codec::Raw`]. Their memory comes back
     /// when they are dropped.
     pub(crate) fn give(&mut self, len: usize) -> Bytes {
-        let next = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
-        let buffer = std::mem::replace(&mut self.out, next);
+        let buffer = std::mem::replace(&mut self.out, self.buffers.take());
         let len = len.min(buffer.len());
-        Bytes::from_owner(Lease { buffer, free: Arc::clone(&self.free) }).slice(..len)
+        self.buffers.share(buffer).slice(..len)
     }
 
     /// The `raw_len` bytes that `payload` stands for. The caller has held `raw_len` against its limit;

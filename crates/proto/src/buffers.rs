@@ -1,39 +1,38 @@
-//! Recycled read buffers whose parts travel as [`Bytes`].
+//! Buffers that travel as [`Bytes`] and come back for the next use: memory that goes to the system and comes again costs more than to
+//! fill it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-/// Bytes of buffers kept for the next use; what was in flight beyond that is returned to the allocator. On a long link that is a lot, and
-/// it comes back in bursts: memory that goes to the system and comes again costs more than to fill it.
-const KEEP: usize = 32 << 20;
-
-/// Buffers of one size. They are zeroed once, when made; a recycled one holds old bytes until they are written over.
+/// Buffers that have come back. They hold old bytes until they are written over.
 #[derive(Debug)]
-pub(super) struct Pool {
-    size: usize,
+pub struct Buffers {
+    /// Bytes of them that are kept; what comes back beyond that is returned to the allocator.
+    keep: usize,
     free: Mutex<Vec<Vec<u8>>>,
 }
 
-impl Pool {
-    pub(super) fn new(size: usize) -> Arc<Self> {
-        Arc::new(Pool { size, free: Mutex::new(Vec::new()) })
+impl Buffers {
+    /// None yet; of those that come back so many bytes are kept.
+    pub fn new(keep: usize) -> Arc<Self> {
+        Arc::new(Buffers { keep, free: Mutex::new(Vec::new()) })
     }
 
-    pub(super) fn get(&self) -> Vec<u8> {
-        let recycled = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        recycled.unwrap_or_else(|| vec![0; self.size])
+    /// One that has come back, or an empty one.
+    pub fn take(&self) -> Vec<u8> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 
-    /// Turns a buffer into bytes that give it back to the pool once the last part of them is dropped.
-    pub(super) fn share(self: &Arc<Self>, buffer: Vec<u8>) -> Bytes {
-        Bytes::from_owner(Lease { buffer, pool: Arc::clone(self) })
+    /// Turns a buffer into bytes that give it back once the last part of them is dropped.
+    pub fn share(self: &Arc<Self>, buffer: Vec<u8>) -> Bytes {
+        Bytes::from_owner(Lease { buffer, from: Arc::clone(self) })
     }
 }
 
 struct Lease {
     buffer: Vec<u8>,
-    pool: Arc<Pool>,
+    from: Arc<Buffers>,
 }
 
 impl AsRef<[u8]> for Lease {
@@ -44,8 +43,9 @@ impl AsRef<[u8]> for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if (free.len() + 1) * self.pool.size <= KEEP {
+        let mut free = self.from.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept: usize = free.iter().map(Vec::capacity).sum();
+        if kept + self.buffer.capacity() <= self.from.keep {
             free.push(std::mem::take(&mut self.buffer));
         }
     }
@@ -57,16 +57,22 @@ mod tests {
 
     #[test]
     fn a_buffer_comes_back_once_its_last_part_is_dropped() {
-        let pool = Pool::new(64);
-        let buffer = pool.get();
+        let buffers = Buffers::new(64);
+        let buffer = vec![0; 64];
         let address = buffer.as_ptr();
-        let whole = pool.share(buffer);
+        let whole = buffers.share(buffer);
         let part = whole.slice(8..16);
         drop(whole);
-        let other = pool.get();
-        assert_ne!(other.as_ptr(), address);
+        assert!(buffers.take().is_empty());
         drop(part);
-        let same = pool.get();
-        assert_eq!(same.as_ptr(), address);
+        let again = buffers.take();
+        assert_eq!(again.as_ptr(), address);
+    }
+
+    #[test]
+    fn what_is_too_much_does_not_come_back() {
+        let buffers = Buffers::new(100);
+        drop([buffers.share(vec![1; 60]), buffers.share(vec![2; 60])]);
+        assert_eq!((buffers.take().len(), buffers.take().len()), (60, 0));
     }
 }

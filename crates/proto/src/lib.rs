@@ -9,9 +9,11 @@
 //! | [`sender`], [`receiver`], [`pace`] | the state machines of path v3 |
 //! | [`leg`], [`path`], [`mode`] | how a running migration changes its path or its mode, and when |
 //! | [`forecast`] | what a migration would take |
+//! | [`buffers`] | memory that is used again |
 //! | [`fault`] | what a test can switch off |
 //! | [`units`] | sizes, rates and durations as people write them |
 
+pub mod buffers;
 pub mod chunk;
 pub mod fault;
 pub mod forecast;

@@ -5,18 +5,20 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use dwcp_proto::buffers::Buffers;
 use dwcp_proto::limits::{MAX_CHUNK_PAGES_BYTES, MAX_SEGMENT_BYTES, MAX_SEGMENT_RECORDS, PAGE_SIZE};
 use dwcp_proto::record::RECORD_WORD;
 use dwcp_proto::{BlockNames, PageVersion, Record, Run, Segment, StreamOffset};
 
 use super::layout::Layout;
 use super::parse::{Item, MAX_ITEM, OpaqueReason, PageItem, Parser, Step};
-use super::slab::Pool;
 
 /// Pages of the smallest segment that may be asked for.
 const MIN_TARGET_PAGES: usize = 16;
 /// Room beside the pages of one segment for names, zero pages and framing: about two pages, which are carried over.
 const SLACK: usize = 2 * MAX_ITEM;
+/// Bytes of read buffers kept for the next use. On a long link much is in flight, and it comes back in bursts.
+const KEEP: usize = 32 << 20;
 /// A tail of at most this part of a buffer is copied to the next one instead of becoming a segment of its own, and
 /// a flush of at most this part is copied out, so that a trickle does not pin a whole buffer per segment.
 const SMALL_PART: usize = 16;
@@ -53,7 +55,7 @@ const _: () =
 #[derive(Debug)]
 pub struct Cutter {
     target_pages: usize,
-    pool: Arc<Pool>,
+    buffers: Arc<Buffers>,
     buffer: Vec<u8>,
     /// Stream offset of the buffer's first byte.
     base: u64,
@@ -85,11 +87,11 @@ impl Cutter {
     /// [`MAX_CHUNK_PAGES_BYTES`].
     pub fn new(target: usize) -> Self {
         let target_pages = (target / PAGE_SIZE).clamp(MIN_TARGET_PAGES, MAX_CHUNK_PAGES_BYTES / PAGE_SIZE);
-        let pool = Pool::new(target_pages * (RECORD_WORD + PAGE_SIZE) + SLACK);
+        let size = target_pages * (RECORD_WORD + PAGE_SIZE) + SLACK;
         Cutter {
             target_pages,
-            buffer: pool.get(),
-            pool,
+            buffers: Buffers::new(KEEP),
+            buffer: vec![0; size],
             base: 0,
             taken: 0,
             start: 0,
@@ -268,10 +270,14 @@ impl Cutter {
 
     /// Gives the buffer away with the closed segments and goes on in a new one.
     fn turn(&mut self) {
-        let mut next = self.pool.get();
+        let mut next = self.buffers.take();
+        // Zeroed once, when made.
+        if next.is_empty() {
+            next = vec![0; self.buffer.len()];
+        }
         let rest = self.start..self.filled;
         next[..rest.len()].copy_from_slice(&self.buffer[rest.clone()]);
-        let bytes = self.pool.share(std::mem::replace(&mut self.buffer, next));
+        let bytes = self.buffers.share(std::mem::replace(&mut self.buffer, next));
         self.release(&bytes, 0);
         self.rebase(rest);
     }

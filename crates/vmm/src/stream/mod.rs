@@ -14,7 +14,6 @@ mod cutter;
 mod layout;
 mod parse;
 mod serialise;
-mod slab;
 #[cfg(test)]
 mod tests;
 mod walk;
