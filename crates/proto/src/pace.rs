@@ -10,12 +10,18 @@
 //! The rate is that between acknowledgements while bytes are in flight. Where each acknowledgement empties the line there is no such
 //! stretch; there the rate since the first byte was sent counts, but only upwards: it holds a round trip, and
 //! perhaps a source with little to say. So one slow moment cannot keep the bound so low that it is never measured again.
+//!
+//! A source that had nothing to say meanwhile shows what it said, not what the link carries: over such a stretch the rate counts
+//! upwards only, and only if the stretch is long enough not to be a burst of late acknowledgements. (BBR calls these samples
+//! application-limited.) An encoder that is the bottleneck is another matter: the last round will be no faster.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Over how long the rate is measured.
 const SPAN: Duration = Duration::from_secs(1);
+/// The shortest stretch whose rate counts although the source was silent in it.
+const STRETCH: Duration = Duration::from_millis(250);
 /// Samples kept, about; a newer one replaces the last where they come faster.
 const SAMPLES: u32 = 64;
 /// The least that may be in flight: a few compressed chunks, so that encoder, network and decoder overlap.
@@ -33,6 +39,8 @@ pub struct Pace {
     samples: VecDeque<(Duration, u64)>,
     /// When something came to be in flight, and the total then.
     busy: Option<(Duration, u64)>,
+    /// When the source last had nothing to say although there was room.
+    starved: Option<Duration>,
     total: u64,
     rate: f64,
 }
@@ -40,7 +48,16 @@ pub struct Pace {
 impl Pace {
     /// A pace that lets `budget` of the downtime be spent on bytes in flight.
     pub fn new(budget: Duration) -> Self {
-        Pace { budget, narrow: false, rtt: None, samples: VecDeque::new(), busy: None, total: 0, rate: 0.0 }
+        Pace {
+            budget,
+            narrow: false,
+            rtt: None,
+            samples: VecDeque::new(),
+            busy: None,
+            starved: None,
+            total: 0,
+            rate: 0.0,
+        }
     }
 
     /// A round trip was measured; the least counts, since longer ones hold queues.
@@ -58,6 +75,11 @@ impl Pace {
         self.busy.get_or_insert((now, self.total));
     }
 
+    /// There is room at `now`, and the source has nothing to say.
+    pub fn starved(&mut self, now: Duration) {
+        self.starved = Some(now);
+    }
+
     /// `bytes` were acknowledged at `now`; `idle` when nothing is left in flight, so that the pause that follows is not
     /// taken for a slow link.
     pub fn acked(&mut self, bytes: u64, now: Duration, idle: bool) {
@@ -71,9 +93,12 @@ impl Pace {
             self.samples.pop_front();
         }
         if let (Some(first), Some(last)) = (self.samples.front(), self.samples.back()) {
-            let seconds = last.0.saturating_sub(first.0).as_secs_f64();
-            if seconds > 0.0 {
-                self.rate = (last.1 - first.1) as f64 / seconds;
+            let stretch = last.0.saturating_sub(first.0);
+            let rate = (last.1 - first.1) as f64 / stretch.as_secs_f64();
+            let starved = self.rate > 0.0 && self.starved.is_some_and(|at| at >= first.0);
+            let counts = if starved { stretch >= STRETCH && rate > self.rate } else { !stretch.is_zero() };
+            if counts {
+                self.rate = rate;
             }
         }
         if idle {
@@ -164,6 +189,35 @@ mod tests {
         pace.sent(ms(30_000));
         pace.acked(100, ms(30_050), true);
         assert!((pace.rate() - before).abs() < 1.0);
+    }
+
+    /// A guest that dirties little: QEMU must not be told that the link has become slow.
+    #[test]
+    fn a_source_with_little_to_say_does_not_lower_the_rate() {
+        let mut pace = Pace::new(ms(100));
+        (1..=1000).for_each(|t| pace.acked(10_000, ms(t), false));
+        for t in 1001..=5000 {
+            pace.starved(ms(t));
+            pace.acked(100, ms(t), false);
+        }
+        assert!(pace.rate() > 9e6, "{}", pace.rate());
+        // A burst of acknowledgements that were late is no proof of a faster link.
+        pace.acked(1_000_000, ms(5001), false);
+        assert!(pace.rate() < 11e6, "{}", pace.rate());
+        // It has much to say again, and the link has become slow meanwhile.
+        (5002..=6100).for_each(|t| pace.acked(1000, ms(t), false));
+        assert!(pace.rate() < 1.1e6, "{}", pace.rate());
+    }
+
+    #[test]
+    fn a_source_with_little_to_say_may_show_that_the_link_is_faster() {
+        let mut pace = Pace::new(ms(100));
+        (1..=1000).for_each(|t| pace.acked(100, ms(t), false));
+        for t in 1001..=3000 {
+            pace.starved(ms(t));
+            pace.acked(10_000, ms(t), false);
+        }
+        assert!(pace.rate() > 9e6, "{}", pace.rate());
     }
 
     #[test]

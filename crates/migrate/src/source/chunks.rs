@@ -85,6 +85,10 @@ pub(crate) async fn send(
             stage.push_end();
             continue;
         }
+        if encoding.is_empty() && stage.wants_more() {
+            let now = stage.now();
+            stage.sender.pace().starved(now);
+        }
         tokio::select! {
             biased;
             change = helm.turn(), if !stage.ending() => {
