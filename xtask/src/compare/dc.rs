@@ -48,7 +48,8 @@ pub(crate) struct Settings {
     /// Seconds that a run waits for a machine without other work; with 0, disturbed runs are not made again
     #[arg(long, default_value_t = PATIENCE.as_secs())]
     patience: u64,
-    /// Measure how time and memory grow with streams and with the guest instead; writes docs/compare-dc-growth.md
+    /// Measure how time and memory grow with streams and with the guest instead, memory in internet mode, too; writes
+    /// docs/compare-dc-growth.md
     #[arg(long)]
     growth: bool,
 }
@@ -80,6 +81,8 @@ enum Contender {
     V1 { tls: bool },
     /// The agents, by path v3 in datacenter mode.
     V3 { tls: bool, mapped: bool, streams: u32 },
+    /// The agents, by path v3 in internet mode: for what memory it takes.
+    Internet { mapped: bool },
 }
 
 impl Contender {
@@ -103,6 +106,9 @@ impl Contender {
                 let sink = if mapped { "mapped" } else { "stream" };
                 let plural = if streams == 1 { "" } else { "s" };
                 format!("v3, {}, {sink} sink, {streams} stream{plural}", over(tls))
+            }
+            Contender::Internet { mapped } => {
+                format!("v3, internet mode, {}", if mapped { "mapped sink" } else { "cache" })
             }
         }
     }
@@ -230,6 +236,12 @@ impl Bench {
                     None => latencies.push((contender, latency)),
                 }
                 Ok(run)
+            }
+            Contender::Internet { mapped } => {
+                let arguments = ["--path", "v3", "--mode", "internet"];
+                let sink = if mapped { "mapped" } else { "stream" };
+                let expected = json!({ "path": "v3", "mode": "internet", "sink": sink });
+                stage.by_agents(pair(true, mapped)?, destination, &arguments, |result| is(result, &expected))
             }
         };
         let running = state == GuestState::Idle;

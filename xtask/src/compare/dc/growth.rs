@@ -1,4 +1,4 @@
-//! How time and memory grow with the number of streams, and with the guest.
+//! How time and memory grow with the number of streams, and with the guest; the agents' memory in internet mode, too.
 
 use std::fs;
 
@@ -15,6 +15,9 @@ const STREAMS: [u32; 4] = [1, 2, 4, 8];
 /// Streams while the guest grows.
 const SOME: u32 = 2;
 const GIBS: [u32; 4] = [1, 2, 4, 8];
+/// What an agent may take: so much, and so many percent of the guest's RAM.
+const MAY_MIB: f64 = 64.0;
+const MAY_PERCENT: f64 = 3.0;
 /// Memory of this machine that the guest's two copies must leave to others.
 const SPARE_MIB: u32 = 2048;
 
@@ -31,6 +34,7 @@ pub(super) fn measure(kit: &Kit, settings: &Settings) -> Result<()> {
     drop(bench);
 
     let mut sizes: Vec<(String, Vec<Run>)> = Vec::new();
+    let mut internet = Table::new(&["guest", "RAM, MiB", "sink", "seconds", "agents, MiB", "may be, MiB", ""]);
     for gib in GIBS {
         let mib = gib << 10;
         let needed = 2 * (mib + BESIDE_MIB) + SPARE_MIB;
@@ -42,9 +46,15 @@ pub(super) fn measure(kit: &Kit, settings: &Settings) -> Result<()> {
         let mut bench = Bench::start(kit, mib, settings.patience)?;
         let Runs { of, .. } = bench.measure(vec![v3(false, SOME)], settings.runs, GuestState::Paused)?;
         sizes.extend(of.into_iter().map(|(_, runs)| (format!("{gib} GiB"), runs)));
+        for mapped in [true, false] {
+            let run = bench.run(Contender::Internet { mapped }, GuestState::Paused, false)?;
+            internet.line(in_internet_mode(gib, mib + BESIDE_MIB, mapped, &run));
+        }
     }
     let rows = sizes.iter().map(|(name, runs)| (name.clone(), runs.as_slice()));
     tables.push((format!("The guest, with {}", v3(false, SOME).name()), table(rows)?));
+
+    println!("\nInternet mode:\n{internet}");
 
     let mut text = format!(
         "# Datacenter mode: how it grows\n\nMade by `cargo xtask compare dc --growth`; make it anew with that. Setting and columns \
@@ -59,9 +69,27 @@ pub(super) fn measure(kit: &Kit, settings: &Settings) -> Result<()> {
         println!("\n{title}:\n{table}");
         text += &format!("\n## {title}\n\n{} runs of each; medians.\n\n{table}", settings.runs);
     }
+    text += &format!(
+        "\n## The agents' memory in internet mode\n\nOne run each over the same cable. The most of RssAnon, source + destination; an agent may \
+         take {MAY_MIB} MiB and {MAY_PERCENT} % of the guest's RAM.\n\n{internet}"
+    );
     fs::write(document("compare-dc-growth.md"), text).context("write docs/compare-dc-growth.md")?;
     println!("written to docs/compare-dc-growth.md");
     Ok(())
+}
+
+fn in_internet_mode(gib: u32, ram: u32, mapped: bool, run: &Run) -> Vec<String> {
+    let may = MAY_MIB + f64::from(ram) * MAY_PERCENT / 100.0;
+    let most = run.memory.iter().fold(0.0, |most: f64, bytes| most.max(*bytes)) / 1048576.0;
+    vec![
+        format!("{gib} GiB"),
+        ram.to_string(),
+        if mapped { "mapped" } else { "cache" }.into(),
+        format!("{:.1}", run.sent),
+        mebibytes(std::slice::from_ref(run)),
+        format!("{may:.0}"),
+        if most <= may { "kept" } else { "missed" }.into(),
+    ]
 }
 
 fn v3(tls: bool, streams: u32) -> Contender {
