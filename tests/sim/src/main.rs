@@ -52,9 +52,11 @@ async fn record(vmm: &SimVmm, mut log: File) -> Result<()> {
     let mut states = vmm.states();
     states.mark_changed();
     while states.changed().await.is_ok() {
-        let state = states.borrow_and_update().as_str().to_owned();
+        states.mark_unchanged();
+        let entered = vmm.take_history();
+        let lines = entered.iter().map(|(at, state)| format!("{} {}\n", at.as_nanos(), state.as_str()));
         // In one write: a reader never sees half of a line.
-        log.write_all(format!("{} {state}\n", monotonic_nanos()?).as_bytes())?;
+        log.write_all(lines.collect::<String>().as_bytes())?;
     }
     Ok(())
 }
@@ -114,10 +116,4 @@ fn fault(text: &str) -> Result<Fault> {
         }
         _ => bail!("unknown fault {name}"),
     })
-}
-
-/// The time since boot, as every process of this machine sees it.
-fn monotonic_nanos() -> Result<u128> {
-    let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    Ok(u128::try_from(uptime.tv_sec)? * 1_000_000_000 + u128::try_from(uptime.tv_nsec)?)
 }

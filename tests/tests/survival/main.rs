@@ -9,3 +9,4 @@ mod kills;
 mod lines;
 mod middle;
 mod repeat;
+mod together;

@@ -101,9 +101,14 @@ impl SimVmm {
         self.core.machine().state.clone()
     }
 
-    /// The run state, as it changes.
+    /// The run state, as it changes. Two changes may be seen as one: see [`SimVmm::take_history`].
     pub fn states(&self) -> watch::Receiver<RunState> {
         self.core.machine().states.subscribe()
+    }
+
+    /// Each run state that was entered since the last call, and when by the monotonic clock, which all processes of a machine share.
+    pub fn take_history(&self) -> Vec<(Duration, RunState)> {
+        std::mem::take(&mut self.core.machine().history)
     }
 
     /// Whether a guest runs here now.
@@ -183,6 +188,7 @@ impl Core {
 pub(super) struct Machine {
     pub(super) state: RunState,
     pub(super) states: watch::Sender<RunState>,
+    history: Vec<(Duration, RunState)>,
     pub(super) guest: Option<SimGuest>,
     pub(super) spec: GuestSpec,
     pub(super) faults: Vec<Fault>,
@@ -220,6 +226,7 @@ impl Machine {
         });
         Machine {
             states: watch::Sender::new(state.clone()),
+            history: vec![(monotonic(), state.clone())],
             state,
             guest,
             spec,
@@ -243,6 +250,8 @@ impl Machine {
     }
 
     pub(super) fn enter(&mut self, state: RunState) {
+        // Here and not where it is read: whoever reads may be kept from its processor while the guest starts elsewhere.
+        self.history.push((monotonic(), state.clone()));
         self.state = state.clone();
         self.states.send_replace(state);
     }
@@ -300,4 +309,10 @@ impl Machine {
     pub(super) fn parameter(&self, name: &str) -> u64 {
         self.parameters.get(name).and_then(Value::as_u64).unwrap_or_default()
     }
+}
+
+fn monotonic() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // Since boot, so neither part is negative.
+    Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or_default())
 }
