@@ -44,7 +44,7 @@ macro_rules! ways {
             let result = paused_by(&scene, &$arguments)?;
             let way = ["path", "mode", "encryption"].map(|key| result[key].as_str().unwrap_or_default());
             assert_eq!(way, $way, "{result}");
-            let leg = format!("dwcp_legs_total{{path=\"{}\",encryption=\"{}\"}} 1", way[0], way[2]);
+            let leg = format!("dwcp_legs_total{{path=\"{}\",encryption=\"{}\",transport=\"tcp\"}} 1", way[0], way[2]);
             let metrics = scene.a.http_get("/metrics")?;
             assert!(metrics.lines().any(|line| line == leg), "{leg}: {metrics}");
             check_result(&result, way[0])

@@ -221,6 +221,82 @@ fn a_guest_arrives_whole_although_the_mode_changed() -> Result<()> {
     Ok(())
 }
 
+/// Data that goes over QUIC waits out a dark line as TCP's does, and flows again as soon.
+#[test]
+fn quic_outlives_a_dark_line() -> Result<()> {
+    let test = "quic_outlives_a_dark_line";
+    if !SimScene::possible(test) {
+        return Ok(());
+    }
+    let profile = LineProfile::new(60_000_000, Duration::from_millis(10));
+    let Some(mut wan) = Wan::start_or_skip(test, profile)? else { return Ok(()) };
+    let at = |end: End| AgentConfig {
+        data: (end.address(), 0).into(),
+        namespace: Some(wan.namespace(end)),
+        extra: "[link]\ntransport = \"quic\"\n".into(),
+        ..AgentConfig::default()
+    };
+    let guest = SimGuest { pages: 8192, zero_percent: 0, ..SimGuest::default() };
+    let scene = SimScene::with(guest, at(End::A), at(End::B))?;
+    scene.incoming()?;
+    scene.begin("m", &["--path", "v3", "--mode", "internet", "--downtime-limit", "1s"])?.success()?;
+    let status = || scene.a.ctl(&[&"status", &"m", &"--json"])?.success()?.json();
+    let flows = until("the middle of precopy", Duration::from_secs(30), || {
+        let status = status()?;
+        Ok((status["chunks"].as_u64() > Some(8)).then_some(status))
+    })
+    .with_context(|| scene.logs())?;
+    ensure!(flows["transport"] == "quic" && flows["status"] == "precopy", "{flows}");
+    wan.cut(Direction::Both)?;
+    let dark = Instant::now() + Duration::from_secs(10);
+    until("the end of the dark", Duration::from_secs(20), || Ok((Instant::now() >= dark).then_some(())))?;
+    let before = wan.count()?[0].delivered;
+    wan.mend(Direction::Both)?;
+    let back = Instant::now();
+    until("data to flow again", Duration::from_secs(20), || {
+        Ok((wan.count()?[0].delivered > before + 200).then_some(()))
+    })
+    .with_context(|| scene.logs())?;
+    let took = back.elapsed();
+    println!("data flows again {took:?} after the line is back");
+    ensure!(took < Duration::from_secs(3), "data flows again only {took:?} after the line is back");
+    ensure!(scene.ending("m")? == Ending::Moved, "{}", scene.logs());
+    let status = status()?;
+    ensure!(status["transport"] == "quic" && status["path_switches"] == 0, "{status}\n{}", scene.logs());
+    Ok(())
+}
+
+/// Where TCP takes each lost packet for a full link, QUIC carries clearly more, and is chosen for that.
+#[test]
+fn quic_is_chosen_where_it_was_measured_to_carry_more() -> Result<()> {
+    let test = "quic_is_chosen_where_it_was_measured_to_carry_more";
+    if !SimScene::possible(test) {
+        return Ok(());
+    }
+    let profile = LineProfile { loss_ppm: 5000, ..LineProfile::new(80_000_000, Duration::from_millis(50)) };
+    let Some(wan) = Wan::start_or_skip(test, profile)? else { return Ok(()) };
+    // One that goes by loss, and that every kernel has; it is the namespace's own.
+    let control = "/proc/sys/net/ipv4/tcp_congestion_control";
+    wan.within(End::A, || std::fs::write(control, "reno").context(control))?;
+    let at = |end: End| AgentConfig {
+        data: (end.address(), 0).into(),
+        namespace: Some(wan.namespace(end)),
+        extra: "[link]\ncongestion = \"system\"\n".into(),
+        ..AgentConfig::default()
+    };
+    let scene = SimScene::with(SimGuest::default(), at(End::A), at(End::B))?;
+    scene.incoming()?;
+    let moved = scene.migrate(&["--path", "v3", "--downtime-limit", "1s"])?;
+    let moved = moved.success().with_context(|| scene.logs())?.json()?;
+    println!("{}: {}", moved["transport"], moved["transport_reason"]);
+    ensure!(moved["mode"] == "internet" && moved["transport"] == "quic", "{moved}\n{}", scene.logs());
+    ensure!(moved["transport_reason"].as_str().is_some_and(|why| why.contains("and TCP")), "{moved}");
+    let metrics = scene.a.http_get("/metrics")?;
+    let leg = "dwcp_legs_total{path=\"v3\",encryption=\"tls\",transport=\"quic\"} 1";
+    ensure!(metrics.contains(leg), "{metrics}");
+    Ok(())
+}
+
 /// A connection from end `a` to an echo at end `b`.
 struct Client(TcpStream);
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use dwcp_flags::Comeback;
 use dwcp_flags::poll::MAX_LABELS;
-use dwcp_migrate::{Congestion, V1Policy};
+use dwcp_migrate::{Congestion, Transport, V1Policy};
 use dwcp_proto::mode::Bounds;
 use dwcp_proto::{NodeName, units};
 use dwcp_rpc::endpoint;
@@ -93,7 +93,7 @@ impl Config {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Listen {
-    /// Other agents.
+    /// Other agents, over TCP and, at the UDP port of the same number, QUIC.
     pub(crate) data: SocketAddr,
     /// Orchestrator and dwcpctl.
     pub(crate) rpc: Socket,
@@ -350,6 +350,8 @@ pub(crate) struct Link {
     pub(crate) datacenter_rate: Rate,
     /// The congestion control of data connections over other links.
     pub(crate) congestion: Congestion,
+    /// What those are made over.
+    pub(crate) transport: Transport,
 }
 
 impl Default for Link {
@@ -359,6 +361,7 @@ impl Default for Link {
             datacenter_rtt: Trip(rtt),
             datacenter_rate: Rate(NonZeroU64::new(rate).unwrap_or(NonZeroU64::MIN)),
             congestion: Congestion::default(),
+            transport: Transport::default(),
         }
     }
 }

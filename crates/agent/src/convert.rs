@@ -340,6 +340,8 @@ pub(crate) fn status(s: Status) -> v1::Status {
         source: s.source,
         sink: s.sink,
         encryption: s.encryption,
+        transport: s.transport,
+        transport_reason: s.transport_reason,
         path_switches: s.path_switches,
         fallback_reasons: s.fallback_reasons,
         total_seconds: s.total_seconds,

@@ -128,6 +128,7 @@ async fn life(config: Config) -> Result<(), Failure> {
         hde: hde(&config),
         bounds: bounds(&config),
         congestion: config.link.congestion,
+        transport: config.link.transport,
         gate: flag.gate(),
         attach: config.vmm.attach == Attach::Ptrace,
         listen: config.listen.data,

@@ -137,6 +137,10 @@ fn details(s: &v1::Status) {
     if let Some(reason) = s.mode_reason.as_ref().filter(|reason| !reason.is_empty()) {
         field("mode", reason.clone());
     }
+    if let Some(transport) = &s.transport {
+        let why = s.transport_reason.iter().map(|why| format!(": {why}")).collect::<String>();
+        field("transport", format!("{transport}{why}"));
+    }
     field("time", seconds(s.total_seconds));
     if let Some(ms) = s.downtime_ms {
         field("downtime", format!("{ms:.0} ms"));

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use dwcp_proto::PeerKey;
@@ -12,7 +13,8 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio_rustls::TlsStream;
 
-use crate::error::{Dialled, LinkError};
+use crate::error::{Dialled, LinkError, of_quic_stream};
+use crate::quic::{Ends, Receiving, Sending};
 use crate::tcp::{Gauge, Socket};
 use crate::tls;
 
@@ -24,6 +26,8 @@ pub enum Kind {
         /// The negotiated cipher suite, as IANA writes it.
         suite: &'static str,
     },
+    /// QUIC, whose TLS 1.3 has authenticated both ends. Which cipher suite it chose, of those that TLS would, its library does not say.
+    Quic,
     /// TCP as it is.
     Plain,
     /// Within this process.
@@ -35,6 +39,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Kind::Tls { .. } => "tls",
+            Kind::Quic => "quic",
             Kind::Plain => "plain",
             Kind::Pipe => "pipe",
         }
@@ -52,8 +57,9 @@ impl fmt::Display for Kind {
 
 /// A two-way stream of bytes to a peer. Read and written as it is, or split in two for two tasks.
 ///
-/// A write may keep its last bytes back: flush before waiting for an answer. `shutdown` says goodbye; a TLS peer whose
-/// stream ends without it reads [`LinkError::CutOff`], while on a plain connection an end is just an end.
+/// A write may keep its last bytes back: flush before waiting for an answer. `shutdown` says goodbye; a TLS or QUIC peer whose
+/// stream ends without it reads [`LinkError::CutOff`], while on a plain connection an end is just an end. What was written
+/// before both halves are dropped is still sent, over QUIC for two seconds at most.
 pub struct Connection {
     reader: Reader,
     writer: Writer,
@@ -116,8 +122,9 @@ impl Connection {
         };
         let exporter = Some(exporter.map_err(LinkError::Tls)?);
         let (read, write) = tokio::io::split(stream);
-        let reader = Reader { half: ReadHalf::Tls(read), socket: Some(socket.clone()), dialled };
-        let writer = Writer { half: WriteHalf::Tls(write), _socket: Some(socket) };
+        let reader =
+            Reader { half: ReadHalf::Tls(read), socket: Some(Measurable::Tcp(socket.clone())), dialled };
+        let writer = Writer { half: WriteHalf::Tls(write), _socket: Some(Measurable::Tcp(socket)) };
         Ok(Connection { reader, writer, kind, peer: Some(peer), exporter, addr: Some(addr) })
     }
 
@@ -126,11 +133,32 @@ impl Connection {
         let (tcp, write) = stream.into_split();
         let half = ReadHalf::Plain { read: io::Cursor::new(read), tcp };
         Connection {
-            reader: Reader { half, socket: Some(socket.clone()), dialled: None },
-            writer: Writer { half: WriteHalf::Plain(write), _socket: Some(socket) },
+            reader: Reader { half, socket: Some(Measurable::Tcp(socket.clone())), dialled: None },
+            writer: Writer { half: WriteHalf::Plain(write), _socket: Some(Measurable::Tcp(socket)) },
             kind: Kind::Plain,
             peer: None,
             exporter: None,
+            addr: Some(addr),
+        }
+    }
+
+    /// A stream of a QUIC connection; `dialled` is set where we are the client.
+    pub(crate) fn quic(
+        ends: Arc<Ends>,
+        sending: Sending,
+        receiving: Receiving,
+        addr: SocketAddr,
+        peer: PeerKey,
+        exporter: [u8; 32],
+        dialled: Option<Dialled>,
+    ) -> Self {
+        let socket = Some(Measurable::Quic(ends));
+        Connection {
+            reader: Reader { half: ReadHalf::Quic(receiving), socket: socket.clone(), dialled },
+            writer: Writer { half: WriteHalf::Quic(sending), _socket: socket },
+            kind: Kind::Quic,
+            peer: Some(peer),
+            exporter: Some(exporter),
             addr: Some(addr),
         }
     }
@@ -194,20 +222,40 @@ impl AsyncWrite for Connection {
 /// The receiving direction of a [`Connection`].
 pub struct Reader {
     half: ReadHalf,
-    socket: Option<Socket>,
-    /// Set if we dialled over TLS: then the refusal of our key arrives here.
+    socket: Option<Measurable>,
+    /// Set if we dialled over TLS or QUIC: then the refusal of our key arrives here.
     dialled: Option<Dialled>,
+}
+
+/// What a gauge looks at, held by both halves.
+#[derive(Clone)]
+enum Measurable {
+    Tcp(Socket),
+    Quic(Arc<Ends>),
 }
 
 impl Reader {
     /// As [`Connection::gauge`].
     pub fn gauge(&self) -> Gauge {
-        self.socket.as_ref().map_or_else(Gauge::none, Socket::gauge)
+        match &self.socket {
+            Some(Measurable::Tcp(socket)) => socket.gauge(),
+            Some(Measurable::Quic(ends)) => Gauge::of_quic(ends),
+            None => Gauge::none(),
+        }
+    }
+
+    /// Lets the peer send as far ahead as a long link needs. To be said once the connection is known to carry data: until then a QUIC peer
+    /// can make us hold little. TCP's buffers are the kernel's to bound.
+    pub fn widen(&self) {
+        if let Some(Measurable::Quic(ends)) = &self.socket {
+            ends.widen();
+        }
     }
 }
 
 enum ReadHalf {
     Tls(tokio::io::ReadHalf<TlsStream<TcpStream>>),
+    Quic(Receiving),
     Plain { read: io::Cursor<Vec<u8>>, tcp: OwnedReadHalf },
     Pipe(tokio::io::ReadHalf<DuplexStream>),
 }
@@ -220,6 +268,9 @@ impl AsyncRead for Reader {
                 let refusal = this.dialled.as_ref().and_then(|dialled| dialled.refusal(&error));
                 refusal.map_or(error, io::Error::from)
             }),
+            ReadHalf::Quic(quic) => Pin::new(quic)
+                .poll_read(cx, buf)
+                .map_err(|error| of_quic_stream(error, this.dialled.as_ref())),
             ReadHalf::Plain { read, .. } if read.position() < read.get_ref().len() as u64 => {
                 Pin::new(read).poll_read(cx, buf)
             }
@@ -238,11 +289,12 @@ impl fmt::Debug for Reader {
 /// The sending direction of a [`Connection`].
 pub struct Writer {
     half: WriteHalf,
-    _socket: Option<Socket>,
+    _socket: Option<Measurable>,
 }
 
 enum WriteHalf {
     Tls(tokio::io::WriteHalf<TlsStream<TcpStream>>),
+    Quic(Sending),
     Plain(OwnedWriteHalf),
     Pipe(tokio::io::WriteHalf<DuplexStream>),
 }
@@ -251,6 +303,7 @@ impl Writer {
     fn stream(self: Pin<&mut Self>) -> Pin<&mut (dyn AsyncWrite + Unpin)> {
         Pin::new(match &mut self.get_mut().half {
             WriteHalf::Tls(tls) => tls,
+            WriteHalf::Quic(quic) => quic,
             WriteHalf::Plain(tcp) => tcp,
             WriteHalf::Pipe(pipe) => pipe,
         })
@@ -273,6 +326,7 @@ impl AsyncWrite for Writer {
     fn is_write_vectored(&self) -> bool {
         match &self.half {
             WriteHalf::Tls(tls) => tls.is_write_vectored(),
+            WriteHalf::Quic(quic) => quic.is_write_vectored(),
             WriteHalf::Plain(tcp) => tcp.is_write_vectored(),
             WriteHalf::Pipe(pipe) => pipe.is_write_vectored(),
         }

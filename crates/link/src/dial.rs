@@ -14,11 +14,12 @@ use tokio_rustls::{TlsConnector, TlsStream};
 use crate::connection::Connection;
 use crate::error::{Dialled, LinkError};
 use crate::identity::Identity;
+use crate::quic::{self, Controller};
 use crate::tcp::{Socket, Tuning};
-use crate::tls;
+use crate::tls::{self, Told};
 
 /// Between two attempts to connect that go on beside each other.
-const BESIDE: Duration = Duration::from_millis(400);
+pub(crate) const BESIDE: Duration = Duration::from_millis(400);
 
 /// How long to try, and how to tune what comes of it.
 #[derive(Debug, Clone)]
@@ -29,6 +30,8 @@ pub struct DialOptions {
     pub handshake_timeout: Duration,
     /// Socket settings.
     pub tuning: Tuning,
+    /// The congestion control of a QUIC connection; TCP's is among the socket settings.
+    pub controller: Controller,
 }
 
 impl Default for DialOptions {
@@ -37,6 +40,7 @@ impl Default for DialOptions {
             connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             tuning: Tuning::default(),
+            controller: Controller::default(),
         }
     }
 }
@@ -49,7 +53,7 @@ pub async fn dial(
     expected: &NodeName,
     options: &DialOptions,
 ) -> Result<Connection, LinkError> {
-    let (config, roster) = identity.client(expected)?;
+    let (config, roster) = identity.client(expected, Told::default())?;
     let dialled = Dialled { peer: expected.clone(), us: identity.node().clone() };
     let (stream, socket) = connect(addr, options).await?;
     // TLS asks for a name; the verifier compares keys and does not look at it, and it is not sent.
@@ -66,6 +70,18 @@ pub async fn dial(
     let peer =
         tls::peer(session, &roster).ok_or_else(|| LinkError::UnknownNode { node: expected.clone() })?;
     Connection::tls(TlsStream::Client(stream), socket, addr, peer, Some(dialled))
+}
+
+/// As [`dial`], over QUIC (UDP): the same keys, the same rules. The peer learns of the connection with the first byte
+/// that is written. Of what is set only the time to connect, which holds for the handshake too, `user_timeout` and `keepalive`
+/// of the tuning, and the controller count.
+pub async fn dial_quic(
+    addr: SocketAddr,
+    identity: &Identity,
+    expected: &NodeName,
+    options: &DialOptions,
+) -> Result<Connection, LinkError> {
+    quic::dial(addr, identity, expected, options).await
 }
 
 /// Connects to `addr` without TLS. Nobody is authenticated: the caller does that, or policy says that it need not be.
@@ -86,6 +102,7 @@ async fn connect(addr: SocketAddr, options: &DialOptions) -> Result<(TcpStream, 
     let socket = Socket::of(&stream).map_err(lost)?;
     Ok((stream, socket))
 }
+
 /// A first packet that was lost the kernel sends again after 1, 2, then 4 s; over a link that is back meanwhile nothing would flow until
 /// then. So a further attempt begins beside those before, and the first that stands is taken.
 async fn first_to_stand(addr: SocketAddr) -> std::io::Result<TcpStream> {

@@ -7,7 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dwcp_proto::NodeName;
+use quinn::{ConnectionError, ReadError, TransportErrorCode, WriteError};
 use rustls::{AlertDescription, CertificateError, PeerIncompatible};
+
+use crate::tls::Told;
 
 /// Who has to act.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -245,6 +248,50 @@ impl LinkError {
         }
     }
 
+    /// Sorts an error of the QUIC handshake with `addr`; `dialled` is set where we are the client, `told` knows whom it refused.
+    pub(crate) fn of_quic(
+        addr: SocketAddr,
+        dialled: Option<&Dialled>,
+        told: &Told,
+        error: ConnectionError,
+    ) -> Self {
+        match (&error, told.stranger(), dialled) {
+            (ConnectionError::TransportError(_), Some(actual), Some(dialled)) => {
+                return LinkError::WrongPeer { addr, expected: dialled.peer.clone(), actual: actual.clone() };
+            }
+            (ConnectionError::TransportError(_), Some(stranger), None) => {
+                return LinkError::UnknownPeer { addr, stranger: stranger.clone() };
+            }
+            _ => {}
+        }
+        if let Some(refusal) = dialled.and_then(|dialled| dialled.quic_refusal(&error)) {
+            return refusal;
+        }
+        let alert = match &error {
+            ConnectionError::TransportError(error) => alert(error.code),
+            ConnectionError::ConnectionClosed(close) => alert(close.error_code),
+            _ => None,
+        };
+        match (&error, alert) {
+            (_, Some(AlertDescription::NoApplicationProtocol | AlertDescription::CertificateRequired))
+            | (ConnectionError::VersionMismatch, _) => LinkError::Protocol { addr },
+            (_, Some(alert)) => LinkError::Tls(rustls::Error::AlertReceived(alert)),
+            (ConnectionError::TransportError(error), None) => {
+                LinkError::Tls(rustls::Error::General(error.to_string()))
+            }
+            (ConnectionError::TimedOut | ConnectionError::CidsExhausted, None) => {
+                LinkError::Lost(Arc::new(error.into()))
+            }
+            (
+                ConnectionError::ConnectionClosed(_)
+                | ConnectionError::ApplicationClosed(_)
+                | ConnectionError::Reset
+                | ConnectionError::LocallyClosed,
+                None,
+            ) => LinkError::HandshakeClosed { addr },
+        }
+    }
+
     /// Sorts an error of listening on `addr`.
     pub(crate) fn of_bind(addr: SocketAddr, error: io::Error) -> Self {
         match error.kind() {
@@ -333,18 +380,61 @@ impl Dialled {
     /// The peer's refusal of our key, if the error is one.
     pub(crate) fn refusal(&self, error: &io::Error) -> Option<LinkError> {
         match tls_error(error) {
-            Some(rustls::Error::AlertReceived(
-                AlertDescription::CertificateUnknown
+            Some(rustls::Error::AlertReceived(alert)) => self.refused(*alert),
+            _ => None,
+        }
+    }
+
+    /// The same of a QUIC connection's error.
+    pub(crate) fn quic_refusal(&self, error: &ConnectionError) -> Option<LinkError> {
+        match error {
+            ConnectionError::ConnectionClosed(close) => self.refused(alert(close.error_code)?),
+            _ => None,
+        }
+    }
+
+    fn refused(&self, alert: AlertDescription) -> Option<LinkError> {
+        let of_our_key = matches!(
+            alert,
+            AlertDescription::CertificateUnknown
                 | AlertDescription::BadCertificate
                 | AlertDescription::UnsupportedCertificate
                 | AlertDescription::CertificateRevoked
                 | AlertDescription::CertificateRequired
                 | AlertDescription::UnknownCA
-                | AlertDescription::AccessDenied,
-            )) => Some(LinkError::KeyRefused { peer: self.peer.clone(), us: self.us.clone() }),
-            _ => None,
-        }
+                | AlertDescription::AccessDenied
+        );
+        of_our_key.then(|| LinkError::KeyRefused { peer: self.peer.clone(), us: self.us.clone() })
     }
+}
+
+/// An error of a QUIC stream, so that [`LinkError::from`] sorts it as one of TLS over TCP: an end without goodbye is cut off.
+pub(crate) fn of_quic_stream(error: io::Error, dialled: Option<&Dialled>) -> io::Error {
+    let inner = error.get_ref();
+    let read = inner.and_then(|inner| inner.downcast_ref::<ReadError>());
+    let write = inner.and_then(|inner| inner.downcast_ref::<WriteError>());
+    let lost = match (read, write) {
+        (Some(ReadError::ConnectionLost(lost)), _) | (_, Some(WriteError::ConnectionLost(lost))) => lost,
+        (Some(ReadError::Reset(_)), _) => return cut_off(),
+        _ => return error,
+    };
+    if let Some(refusal) = dialled.and_then(|dialled| dialled.quic_refusal(lost)) {
+        return refusal.into();
+    }
+    match (lost, read) {
+        (ConnectionError::ApplicationClosed(_) | ConnectionError::LocallyClosed, Some(_)) => cut_off(),
+        _ => lost.clone().into(),
+    }
+}
+
+fn cut_off() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the stream ended without goodbye")
+}
+
+/// The TLS alert in a QUIC error code (RFC 9001, section 4.8).
+fn alert(code: TransportErrorCode) -> Option<AlertDescription> {
+    let code = u64::from(code).checked_sub(0x100)?;
+    u8::try_from(code).ok().map(AlertDescription::from)
 }
 
 /// The TLS error inside of an I/O error, if that is what it is.

@@ -8,7 +8,7 @@ use rustls::{ClientConfig, ServerConfig};
 
 use crate::error::LinkError;
 use crate::peers::{Peers, Roster};
-use crate::tls::{self, Credentials};
+use crate::tls::{self, Credentials, Told};
 
 /// This node's key with the peers it trusts. Cheap to clone.
 #[derive(Clone)]
@@ -24,7 +24,8 @@ impl Identity {
     pub fn new(key: Arc<NodeKey>, peers: Arc<Peers>) -> Result<Self, LinkError> {
         let node = key.node().clone();
         let credentials = Credentials::new(key);
-        let server = tls::server_config(&credentials, peers.clone()).map_err(LinkError::Setup)?;
+        let server =
+            tls::server_config(&credentials, peers.clone(), Told::default()).map_err(LinkError::Setup)?;
         Ok(Identity { node, peers, credentials, server: Arc::new(server) })
     }
 
@@ -39,18 +40,28 @@ impl Identity {
     }
 
     /// TLS settings that accept `expected` only, and the keys by which they judge.
-    pub(crate) fn client(&self, expected: &NodeName) -> Result<(Arc<ClientConfig>, Arc<Roster>), LinkError> {
+    pub(crate) fn client(
+        &self,
+        expected: &NodeName,
+        told: Told,
+    ) -> Result<(Arc<ClientConfig>, Arc<Roster>), LinkError> {
         let roster = self.peers.roster();
         if !roster.knows(expected) {
             return Err(LinkError::UnknownNode { node: expected.clone() });
         }
-        let config = tls::client_config(&self.credentials, roster.clone(), expected);
+        let config = tls::client_config(&self.credentials, roster.clone(), expected, told);
         Ok((Arc::new(config.map_err(LinkError::Setup)?), roster))
     }
 
     /// TLS settings that accept every peer.
     pub(crate) fn server(&self) -> Arc<ServerConfig> {
         self.server.clone()
+    }
+
+    /// The same for one handshake, which tells whom it refused.
+    pub(crate) fn server_telling(&self, told: Told) -> Result<Arc<ServerConfig>, LinkError> {
+        let config = tls::server_config(&self.credentials, self.peers.clone(), told);
+        Ok(Arc::new(config.map_err(LinkError::Setup)?))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Connections between two agents: mutually authenticated TLS 1.3, plain TCP, and an in-process pipe.
+//! Connections between two agents: mutually authenticated TLS 1.3 over TCP, QUIC, plain TCP, and an in-process pipe.
 //!
 //! The source agent dials; the destination listens on one address for everything. What travels on a connection, and
 //! how many belong together, is not known here.
@@ -30,6 +30,16 @@
 //! [`LinkError::from`] turns into [`LinkError::KeyRefused`]. A write may fail first, with a mere reset: whoever meets
 //! an error while writing should let the reader say why. Learn of it early by reading early.
 //!
+//! # QUIC
+//! A QUIC connection carries one two-way stream, and each [`Connection`] is a QUIC connection of its own, from a UDP socket of its
+//! own: the streams of a migration then lose, recover, and are given up independently, each with a congestion window of its own, and
+//! nothing above this crate has to know what is underneath. The listener's UDP port is TCP's; where it cannot be had TCP goes on
+//! alone ([`Listener::without_quic`]). Handshakes are bounded as TCP's are, by counts of their own, so that UDP, whose senders can lie about
+//! where they are, keeps nobody out of TCP; once many are pending a sender has to prove its address first (a retry packet).
+//!
+//! There is no 0-RTT and no ticket. What an authenticated peer can make us hold of a connection is 256 KiB, and 8 MiB once
+//! [`Reader::widen`] was called; not yet authenticated ones, 1 MiB together beside their handshakes.
+//!
 //! # Plain connections
 //! A plain connection starts with the bytes `DWCP` (left in the stream for the reader) and proves nothing: whoever
 //! accepts one must authenticate its peer, with a deadline and a bound on how many may be waiting.
@@ -41,16 +51,18 @@ mod identity;
 mod listener;
 mod peers;
 mod pipe;
+mod quic;
 mod tcp;
 #[allow(unsafe_code)]
 mod tcp_info;
 mod tls;
 
 pub use connection::{Connection, Kind, Reader, Writer};
-pub use dial::{DialOptions, dial, dial_plain};
+pub use dial::{DialOptions, dial, dial_plain, dial_quic};
 pub use error::{Blame, LinkError, Stranger};
 pub use identity::Identity;
 pub use listener::{ListenOptions, Listener, Refusals};
 pub use peers::{Peers, Roster, RosterChange, RosterError};
 pub use pipe::{pipe, pipe_between};
+pub use quic::Controller;
 pub use tcp::{Gauge, Sample, Tuning, can_use, ever_written};

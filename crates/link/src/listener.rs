@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use quinn::Incoming;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
@@ -17,6 +18,7 @@ use tracing::{debug, warn};
 use crate::connection::Connection;
 use crate::error::LinkError;
 use crate::identity::Identity;
+use crate::quic::{Controller, Gate, Patience};
 use crate::tcp::{Socket, Tuning};
 use crate::tls;
 
@@ -39,6 +41,13 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How long to wait when the process has no descriptors or memory for another connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
+/// QUIC handshakes that may be pending before a further client has to prove that it is where it says: so many, and no more, can be
+/// kept from others with forged addresses.
+const UNPROVED: usize = 64;
+
+/// Free ports of TCP that are tried until UDP's of the same number is free, too.
+const PORTS: usize = 16;
+
 /// Refusals written to the log in one second; further ones are only counted.
 const MAX_LOGGED_A_SECOND: u32 = 10;
 
@@ -47,7 +56,7 @@ const MAX_LOGGED_A_SECOND: u32 = 10;
 pub struct ListenOptions {
     /// From accepting a connection until it is authenticated and taken up.
     pub handshake_timeout: Duration,
-    /// Unfinished handshakes in all; each takes a descriptor and up to some 50 KB.
+    /// Unfinished handshakes in all, of TCP and of QUIC each; one takes a descriptor (TCP) and up to some 50 KB.
     pub max_pending: usize,
     /// Unfinished handshakes from one source: an IPv4 address, or the /64 of an IPv6 one. A migration opens its streams
     /// at once, so this bounds how many streams a peer can start together.
@@ -56,7 +65,9 @@ pub struct ListenOptions {
     pub max_ready: usize,
     /// Whether plain connections are let in at all.
     pub plain: bool,
-    /// Socket settings of accepted connections.
+    /// Whether QUIC connections are let in, at the UDP port of the same number.
+    pub quic: bool,
+    /// Socket settings of accepted connections. Of QUIC connections, how long they may be silent and what they ask then.
     pub tuning: Tuning,
 }
 
@@ -68,6 +79,7 @@ impl Default for ListenOptions {
             max_pending_per_source: 64,
             max_ready: 64,
             plain: false,
+            quic: false,
             tuning: Tuning::default(),
         }
     }
@@ -80,29 +92,41 @@ pub struct Listener {
     addr: SocketAddr,
     ready: mpsc::Receiver<Connection>,
     refusals: Refusals,
+    gate: Result<Gate, Option<LinkError>>,
     task: JoinHandle<()>,
 }
 
 impl Listener {
-    /// Listens on `addr`; port 0 picks a free one.
+    /// Listens on `addr`; port 0 picks a free one. Where QUIC is wanted and cannot be had, TCP is listened on all the same: see
+    /// [`without_quic`](Self::without_quic).
     pub async fn bind(
         addr: SocketAddr,
         identity: &Identity,
         options: ListenOptions,
     ) -> Result<Self, LinkError> {
         let failed = |error| LinkError::of_bind(addr, error);
-        let listener = listen(addr).map_err(failed)?;
+        let mut listener = listen(addr).map_err(failed)?;
+        let mut gate = quic(&listener, identity, &options);
+        // Another process may have the UDP port of a number that TCP has free.
+        for _ in 1..PORTS {
+            if addr.port() == 0 && matches!(gate, Err(Some(LinkError::AddressInUse { .. }))) {
+                listener = listen(addr).map_err(failed)?;
+                gate = quic(&listener, identity, &options);
+            }
+        }
         let addr = listener.local_addr().map_err(failed)?;
         let (finished, ready) = mpsc::channel(options.max_ready.max(1));
         let refusals = Refusals::default();
         let door = Arc::new(Door {
             identity: identity.clone(),
             pending: Pending::default(),
+            pending_quic: Pending::default(),
+            gate: gate.as_ref().ok().cloned(),
             refusals: refusals.clone(),
             finished,
             options,
         });
-        Ok(Listener { addr, ready, refusals, task: tokio::spawn(door.run(listener)) })
+        Ok(Listener { addr, ready, refusals, gate, task: tokio::spawn(door.run(listener)) })
     }
 
     /// Where it listens.
@@ -110,7 +134,12 @@ impl Listener {
         self.addr
     }
 
-    /// The next connection: over TLS with its peer known, or plain with nobody known. Cancel-safe.
+    /// Why there is no QUIC here though it is wanted; `None` where there is, or where it is not wanted.
+    pub fn without_quic(&self) -> Option<&LinkError> {
+        self.gate.as_ref().err()?.as_ref()
+    }
+
+    /// The next connection: over TLS or QUIC with its peer known, or plain with nobody known. Cancel-safe.
     /// `None` only if the listening task has died.
     pub async fn accept(&mut self) -> Option<Connection> {
         self.ready.recv().await
@@ -125,6 +154,9 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         self.task.abort();
+        if let Ok(gate) = &self.gate {
+            gate.close();
+        }
     }
 }
 
@@ -180,6 +212,9 @@ struct Door {
     identity: Identity,
     options: ListenOptions,
     pending: Pending,
+    /// Of QUIC: whoever forges addresses there keeps nobody out of TCP.
+    pending_quic: Pending,
+    gate: Option<Gate>,
     refusals: Refusals,
     finished: mpsc::Sender<Connection>,
 }
@@ -198,7 +233,7 @@ impl Door {
                                 let door = self.clone();
                                 handshakes.spawn(async move {
                                     let _guard = guard;
-                                    if let Err(refusal) = door.admit(stream, addr).await {
+                                    if let Err(refusal) = door.admit(addr, door.handshake(stream, addr)).await {
                                         door.refusals.record(&refusal);
                                     }
                                 });
@@ -214,16 +249,49 @@ impl Door {
                         }
                     }
                 },
+                incoming = incoming(self.gate.as_ref()) => self.quic(incoming, &mut handshakes),
                 Some(_) = handshakes.join_next() => {}
             }
         }
     }
 
+    /// Begins a QUIC handshake, or refuses it.
+    fn quic(self: &Arc<Self>, incoming: Incoming, handshakes: &mut JoinSet<()>) {
+        let addr = incoming.remote_address();
+        let unproved = UNPROVED.min(self.options.max_pending);
+        if !incoming.remote_address_validated() && self.pending_quic.count() >= unproved {
+            // An error would mean that it is proved.
+            let _ = incoming.retry();
+            return;
+        }
+        let caps = [self.options.max_pending, self.options.max_pending_per_source];
+        match self.pending_quic.enter(addr, caps) {
+            Ok(guard) => {
+                let door = self.clone();
+                handshakes.spawn(async move {
+                    let _guard = guard;
+                    let Some(gate) = &door.gate else { return };
+                    if let Err(refusal) = door.admit(addr, gate.admit(incoming, &door.identity)).await {
+                        door.refusals.record(&refusal);
+                    }
+                });
+            }
+            Err(refusal) => {
+                incoming.refuse();
+                self.refusals.record(&refusal);
+            }
+        }
+    }
+
     /// Brings one connection from the first byte to whoever waits in [`Listener::accept`].
-    async fn admit(&self, stream: TcpStream, addr: SocketAddr) -> Result<(), LinkError> {
+    async fn admit(
+        &self,
+        addr: SocketAddr,
+        handshake: impl Future<Output = Result<Connection, LinkError>>,
+    ) -> Result<(), LinkError> {
         let after = self.options.handshake_timeout;
         let deadline = tokio::time::Instant::now() + after;
-        let connection = match timeout_at(deadline, self.handshake(stream, addr)).await {
+        let connection = match timeout_at(deadline, handshake).await {
             Ok(connection) => connection?,
             Err(_) => return Err(LinkError::HandshakeTimeout { addr, after }),
         };
@@ -285,6 +353,10 @@ impl Door {
 struct Pending(Arc<Mutex<HashMap<IpAddr, usize>>>);
 
 impl Pending {
+    fn count(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+    }
+
     /// Counts one more for as long as the guard lives, unless one of the caps (in all, per source) is met.
     fn enter(&self, addr: SocketAddr, [all, per_source]: [usize; 2]) -> Result<PendingGuard, LinkError> {
         let source = source(addr.ip());
@@ -327,6 +399,29 @@ fn source(ip: IpAddr) -> IpAddr {
         }
         v4 => v4,
     }
+}
+
+/// The next QUIC handshake; none ever comes where there is no QUIC.
+async fn incoming(gate: Option<&Gate>) -> Incoming {
+    match gate {
+        Some(gate) => gate.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// QUIC beside TCP's listener, where it is wanted; otherwise why not, if that is no wish.
+fn quic(
+    listener: &TcpListener,
+    identity: &Identity,
+    options: &ListenOptions,
+) -> Result<Gate, Option<LinkError>> {
+    if !options.quic {
+        return Err(None);
+    }
+    let addr = listener.local_addr().map_err(|error| LinkError::Lost(Arc::new(error)))?;
+    let patience = Patience { idle: options.tuning.user_timeout, keepalive: options.tuning.keepalive };
+    // A destination says little on data connections: which controller hardly matters.
+    Ok(Gate::open(addr, identity, patience, Controller::default())?)
 }
 
 fn listen(addr: SocketAddr) -> io::Result<TcpListener> {

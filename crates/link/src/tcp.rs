@@ -1,4 +1,4 @@
-//! Tuning and measuring a TCP connection.
+//! Tuning a TCP connection, and measuring connections.
 
 use std::io;
 use std::net::Shutdown;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use socket2::{Domain, SockRef, Socket as Socket2, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
+use crate::quic::Ends;
 use crate::tcp_info::{queued, set_receive_low_water, tcp_info};
 
 /// Settings of a TCP connection. `TCP_NODELAY` is always on: messages are written whole.
@@ -76,7 +77,7 @@ impl Socket {
     }
 
     pub(crate) fn gauge(&self) -> Gauge {
-        Gauge(Arc::downgrade(&self.0))
+        Gauge(Measured::Tcp(Arc::downgrade(&self.0)))
     }
 }
 
@@ -87,26 +88,48 @@ const MAX_AWAITED: usize = 128 << 10;
 
 /// Measures and adjusts a connection while others read from and write to it. Does not keep it open. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Gauge(Weak<OwnedFd>);
+pub struct Gauge(Measured);
+
+#[derive(Debug, Clone)]
+enum Measured {
+    Nothing,
+    Tcp(Weak<OwnedFd>),
+    Quic(Weak<Ends>),
+}
 
 impl Gauge {
     /// A gauge of what has no socket: it measures nothing.
     pub(crate) fn none() -> Self {
-        Gauge(Weak::new())
+        Gauge(Measured::Nothing)
     }
 
-    /// What the kernel knows now; `None` for a pipe, and once both halves are gone.
+    /// The gauge of a QUIC connection.
+    pub(crate) fn of_quic(ends: &Arc<Ends>) -> Self {
+        Gauge(Measured::Quic(Arc::downgrade(ends)))
+    }
+
+    fn socket(&self) -> Option<Arc<OwnedFd>> {
+        match &self.0 {
+            Measured::Tcp(socket) => socket.upgrade(),
+            _ => None,
+        }
+    }
+
+    /// What is known now; `None` for a pipe, and once both halves are gone.
     pub fn sample(&self) -> Option<Sample> {
-        let socket = self.0.upgrade()?;
+        if let Measured::Quic(ends) = &self.0 {
+            return Some(ends.upgrade()?.sample());
+        }
+        let socket = self.socket()?;
         let info = tcp_info(socket.as_fd()).ok()?;
         let queued = queued(socket.as_fd()).ok()?;
         let micros = |us: u32| Duration::from_micros(us.into());
         Some(Sample {
             rtt: micros(info.tcpi_rtt),
-            rtt_var: micros(info.tcpi_rttvar),
+            rtt_var: Some(micros(info.tcpi_rttvar)),
             min_rtt: micros(info.tcpi_min_rtt),
-            queued,
-            unsent: info.tcpi_notsent_bytes,
+            queued: Some(queued),
+            unsent: Some(info.tcpi_notsent_bytes),
             delivery_rate: info.tcpi_delivery_rate,
             retransmits: info.tcpi_total_retrans,
             congestion_window: u64::from(info.tcpi_snd_cwnd).saturating_mul(info.tcpi_snd_mss.into()),
@@ -120,16 +143,21 @@ impl Gauge {
         })
     }
 
-    /// Whether the kernel has sent the same bytes again at least twice in vain, and waits twice as long before each further try: over a link
-    /// that is back it may then stay silent for as long again as the link was away. `false` without a socket.
+    /// Whether the same bytes were sent again at least twice in vain, and each further try waits twice as long: over a link
+    /// that is back the connection may then stay silent for as long again as the link was away. QUIC does not say so; there it is as much
+    /// time without an acknowledgement as two tries take. `false` without a socket.
     pub fn backs_off(&self) -> bool {
-        let info = self.0.upgrade().and_then(|socket| tcp_info(socket.as_fd()).ok());
+        if let Measured::Quic(ends) = &self.0 {
+            return ends.upgrade().is_some_and(|ends| ends.backs_off());
+        }
+        let info = self.socket().and_then(|socket| tcp_info(socket.as_fd()).ok());
         info.is_some_and(|info| info.tcpi_backoff >= 2)
     }
 
-    /// Sets `TCP_NOTSENT_LOWAT`; `None` goes back to the system's default. Nothing happens without a socket.
+    /// Sets `TCP_NOTSENT_LOWAT`; `None` goes back to the system's default. Nothing happens without a TCP socket: what a QUIC connection
+    /// holds unsent follows its congestion window.
     pub fn set_notsent_lowat(&self, bytes: Option<u32>) -> io::Result<()> {
-        match self.0.upgrade() {
+        match self.socket() {
             // Zero is the kernel's word for "use the sysctl".
             Some(socket) => SockRef::from(&*socket).set_tcp_notsent_lowat(bytes.unwrap_or(0)),
             None => Ok(()),
@@ -138,11 +166,11 @@ impl Gauge {
 
     /// Lets a reader that wants so many bytes more sleep until most of them are here, however small the packets are that they come in. To be
     /// said before each wait, of bytes that come for certain: the reader of a connection whose peer says less waits for ever. Nothing happens
-    /// without a socket.
+    /// without a TCP socket.
     pub fn awaits(&self, bytes: usize) {
         // A TLS connection may hold the beginning of a record; what is missing of it is less than what is wanted then.
         let most = bytes.saturating_sub(MAX_RECORD).clamp(1, MAX_AWAITED);
-        if let Some(socket) = self.0.upgrade() {
+        if let Some(socket) = self.socket() {
             // A wish only: without it the reader is woken more often.
             let _ = set_receive_low_water(socket.as_fd(), most as u32);
         }
@@ -150,17 +178,30 @@ impl Gauge {
 
     /// The congestion control in use; `None` without a socket.
     pub fn congestion(&self) -> Option<String> {
-        let name = SockRef::from(&*self.0.upgrade()?).tcp_congestion().ok()?;
+        if let Measured::Quic(ends) = &self.0 {
+            return Some(ends.upgrade()?.controller().name().to_owned());
+        }
+        let name = SockRef::from(&*self.socket()?).tcp_congestion().ok()?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
         Some(String::from_utf8_lossy(name).into_owned())
     }
 
-    /// Ends the connection at once, without TLS's goodbye: whoever waits on it here or at the peer meets an end or an
+    /// Ends the connection at once, without a goodbye: whoever waits on it here or at the peer meets an end or an
     /// error. Nothing happens without a socket.
     pub fn cut(&self) {
-        if let Some(socket) = self.0.upgrade() {
-            // Already disconnected is as good as cut.
-            let _ = SockRef::from(&*socket).shutdown(Shutdown::Both);
+        match &self.0 {
+            Measured::Nothing => {}
+            Measured::Tcp(socket) => {
+                if let Some(socket) = socket.upgrade() {
+                    // Already disconnected is as good as cut.
+                    let _ = SockRef::from(&*socket).shutdown(Shutdown::Both);
+                }
+            }
+            Measured::Quic(ends) => {
+                if let Some(ends) = ends.upgrade() {
+                    ends.cut();
+                }
+            }
         }
     }
 }
@@ -181,28 +222,28 @@ pub fn ever_written(socket: BorrowedFd<'_>) -> io::Result<u64> {
     }
 }
 
-/// A TCP connection at one moment.
+/// A connection at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sample {
     /// Smoothed round-trip time.
     pub rtt: Duration,
-    /// Its mean deviation.
-    pub rtt_var: Duration,
-    /// The least round-trip time seen of late.
+    /// Its mean deviation; not known over QUIC.
+    pub rtt_var: Option<Duration>,
+    /// The least round-trip time seen of late; over QUIC, ever.
     pub min_rtt: Duration,
-    /// Bytes written and not yet acknowledged by the peer's kernel, `unsent` included.
-    pub queued: u32,
-    /// Bytes written and not sent at all yet.
-    pub unsent: u32,
-    /// The most recent rate at which the peer acknowledged, bytes a second.
+    /// Bytes written and not yet acknowledged by the peer's kernel, `unsent` included; not known over QUIC.
+    pub queued: Option<u32>,
+    /// Bytes written and not sent at all yet; not known over QUIC.
+    pub unsent: Option<u32>,
+    /// The most recent rate at which the peer acknowledged, bytes a second. Over QUIC its packets' headers count.
     pub delivery_rate: u64,
-    /// Segments sent more than once, since the start.
+    /// Segments sent more than once, since the start; over QUIC, packets lost.
     pub retransmits: u32,
     /// Bytes that may be under way.
     pub congestion_window: u64,
-    /// Bytes that the peer acknowledged, since the start.
+    /// Bytes that the peer acknowledged, since the start. Over QUIC its packets' headers count.
     pub bytes_acked: u64,
-    /// Bytes received, since the start.
+    /// Bytes received, since the start; over QUIC, UDP payload.
     pub bytes_received: u64,
     /// How long there was something to send and only the network held it up, since the start.
     pub strained: Duration,

@@ -4,7 +4,7 @@
 //! handshakes and for chunks; the secret key never leaves its [`NodeKey`].
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use dwcp_proto::{NodeKey, NodeName, PeerKey};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -24,7 +24,7 @@ use crate::error::Stranger;
 use crate::peers::{Peers, Roster};
 
 /// The application protocol, which both ends must name.
-const ALPN: &[u8] = b"dwcp/3";
+pub(crate) const ALPN: &[u8] = b"dwcp/3";
 
 /// The label of the exporter secret that binds messages to a connection.
 pub(crate) const EXPORTER: &[u8] = b"EXPORTER-dwcp-v3";
@@ -49,8 +49,9 @@ pub(crate) fn client_config(
     credentials: &Credentials,
     roster: Arc<Roster>,
     expected: &NodeName,
+    told: Told,
 ) -> Result<ClientConfig, Error> {
-    let verifier = OnePeer { roster, expected: expected.clone() };
+    let verifier = OnePeer { roster, expected: expected.clone(), told };
     let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
         .with_protocol_versions(&[&version::TLS13])?
         .dangerous()
@@ -64,10 +65,14 @@ pub(crate) fn client_config(
 }
 
 /// Settings for a listener that takes every peer in the roster of the moment.
-pub(crate) fn server_config(credentials: &Credentials, peers: Arc<Peers>) -> Result<ServerConfig, Error> {
+pub(crate) fn server_config(
+    credentials: &Credentials,
+    peers: Arc<Peers>,
+    told: Told,
+) -> Result<ServerConfig, Error> {
     let mut config = ServerConfig::builder_with_provider(Arc::new(provider()))
         .with_protocol_versions(&[&version::TLS13])?
-        .with_client_cert_verifier(Arc::new(AnyPeer { peers }))
+        .with_client_cert_verifier(Arc::new(AnyPeer { peers, told }))
         .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(credentials.0.clone())));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -84,8 +89,12 @@ pub(crate) fn speaks_dwcp(connection: &CommonState) -> bool {
 
 /// The peer that a finished handshake has authenticated, if the roster still holds it.
 pub(crate) fn peer(connection: &CommonState, roster: &Roster) -> Option<PeerKey> {
-    let key = raw_key(connection.peer_certificates()?.first()?)?;
-    roster.find(key).cloned()
+    peer_of(connection.peer_certificates()?, roster)
+}
+
+/// The same, by what the peer presented.
+pub(crate) fn peer_of(presented: &[CertificateDer<'_>], roster: &Roster) -> Option<PeerKey> {
+    roster.find(raw_key(presented.first()?)?).cloned()
 }
 
 /// AES-128 first: by far the fastest where the CPU has AES, and no weaker in practice.
@@ -114,6 +123,7 @@ fn raw_key<'a>(spki: &'a CertificateDer<'_>) -> Option<&'a [u8; 32]> {
 struct OnePeer {
     roster: Arc<Roster>,
     expected: NodeName,
+    told: Told,
 }
 
 impl ServerCertVerifier for OnePeer {
@@ -125,11 +135,10 @@ impl ServerCertVerifier for OnePeer {
         _ocsp_response: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let peer = find(&self.roster, end_entity, intermediates)?;
-        if peer.node() == &self.expected {
-            Ok(ServerCertVerified::assertion())
-        } else {
-            Err(refuse(Stranger::Node(peer.node().clone())))
+        match find(&self.roster, end_entity, intermediates) {
+            Ok(peer) if peer.node() == &self.expected => Ok(ServerCertVerified::assertion()),
+            Ok(peer) => Err(self.told.refuse(Stranger::Node(peer.node().clone()))),
+            Err(stranger) => Err(self.told.refuse(stranger)),
         }
     }
 
@@ -164,6 +173,7 @@ impl ServerCertVerifier for OnePeer {
 #[derive(Debug)]
 struct AnyPeer {
     peers: Arc<Peers>,
+    told: Told,
 }
 
 impl ClientCertVerifier for AnyPeer {
@@ -177,8 +187,10 @@ impl ClientCertVerifier for AnyPeer {
         intermediates: &[CertificateDer<'_>],
         _now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        find(&self.peers.roster(), end_entity, intermediates)?;
-        Ok(ClientCertVerified::assertion())
+        match find(&self.peers.roster(), end_entity, intermediates) {
+            Ok(_) => Ok(ClientCertVerified::assertion()),
+            Err(stranger) => Err(self.told.refuse(stranger)),
+        }
     }
 
     fn verify_tls12_signature(
@@ -212,12 +224,12 @@ fn find<'a>(
     roster: &'a Roster,
     end_entity: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
-) -> Result<&'a PeerKey, Error> {
+) -> Result<&'a PeerKey, Stranger> {
     if !intermediates.is_empty() {
-        return Err(refuse(Stranger::Other));
+        return Err(Stranger::Other);
     }
-    let key = raw_key(end_entity).ok_or_else(|| refuse(Stranger::Other))?;
-    roster.find(key).ok_or_else(|| refuse(Stranger::Key(*key)))
+    let key = raw_key(end_entity).ok_or(Stranger::Other)?;
+    roster.find(key).ok_or(Stranger::Key(*key))
 }
 
 fn verify(
@@ -229,7 +241,7 @@ fn verify(
     if dss.scheme != SignatureScheme::ED25519 {
         return Err(PeerMisbehaved::SignedHandshakeWithUnadvertisedSigScheme.into());
     }
-    let peer = find(roster, cert, &[])?;
+    let peer = find(roster, cert, &[]).map_err(|stranger| Told::default().refuse(stranger))?;
     let signature = dss.signature().try_into().map_err(|_| Error::from(CertificateError::BadSignature))?;
     if peer.verify(message, signature) {
         Ok(HandshakeSignatureValid::assertion())
@@ -238,9 +250,22 @@ fn verify(
     }
 }
 
-/// Sent to the peer as the alert `certificate_unknown`.
-fn refuse(stranger: Stranger) -> Error {
-    CertificateError::Other(OtherError(Arc::new(stranger))).into()
+/// Whose key a handshake refused, for whoever hears no more of the error than its alert: QUIC hands on only that.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Told(Arc<OnceLock<Stranger>>);
+
+impl Told {
+    /// Who was refused, if somebody was.
+    pub(crate) fn stranger(&self) -> Option<&Stranger> {
+        self.0.get()
+    }
+
+    /// Sent to the peer as the alert `certificate_unknown`.
+    fn refuse(&self, stranger: Stranger) -> Error {
+        // Attempts beside each other are refused for the same.
+        let _ = self.0.set(stranger.clone());
+        CertificateError::Other(OtherError(Arc::new(stranger))).into()
+    }
 }
 
 /// Our secret key, as TLS asks for it. TLS puts its own context before what it has signed.
@@ -313,7 +338,7 @@ mod tests {
 
     fn client(credentials: &Credentials) -> ClientConfig {
         let dst = Peers::of([key("dst").public()]);
-        client_config(credentials, dst.roster(), key("dst").node()).unwrap()
+        client_config(credentials, dst.roster(), key("dst").node(), Told::default()).unwrap()
     }
 
     #[tokio::test]

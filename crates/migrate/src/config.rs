@@ -157,6 +157,19 @@ impl Congestion {
     }
 }
 
+/// What data connections of internet mode are made over. Everything else goes over TCP: the control connection, v1, and datacenter mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// QUIC where it was measured to carry clearly more.
+    #[default]
+    Auto,
+    /// TCP; no UDP port is opened.
+    Tcp,
+    /// QUIC where the peer can have it and UDP gets through.
+    Quic,
+}
+
 /// What the engine is built from.
 #[derive(Debug)]
 pub struct EngineConfig {
@@ -176,6 +189,8 @@ pub struct EngineConfig {
     pub bounds: Bounds,
     /// How data connections over other links find out what these carry.
     pub congestion: Congestion,
+    /// What they are made over.
+    pub transport: Transport,
     /// The flag's verdict, kept up to date.
     pub gate: watch::Receiver<Gate>,
     /// Whether this agent may attach to the VMMs' processes: then precopy outlives the destination's agent.

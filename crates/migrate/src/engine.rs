@@ -18,7 +18,7 @@ use dwcp_proto::{MigrationId, Path, Side, VmName};
 use tokio::sync::{oneshot, watch};
 use tracing::{Instrument, info_span, warn};
 
-use crate::config::{CheckReport, EngineConfig};
+use crate::config::{CheckReport, EngineConfig, Transport};
 use crate::error::{Blame, Failure};
 use crate::estimate::Estimate;
 use crate::explain::Tale;
@@ -54,7 +54,8 @@ impl Engine {
         let write_time = prepare_state_dir(&config.state_dir).await?;
         let identity = Identity::new(config.key.clone(), config.peers.clone()).map_err(link_failure)?;
         let plain = config.policy.v1_plain || config.policy.datacenter_plain;
-        let options = ListenOptions { plain, ..ListenOptions::default() };
+        let quic = config.transport != Transport::Tcp;
+        let options = ListenOptions { plain, quic, ..ListenOptions::default() };
         let listener = Listener::bind(config.listen, &identity, options).await.map_err(link_failure)?;
         let pool = Pool::new(config.limits.workers, config.limits.migrations).map_err(|error| {
             Failure::new(
@@ -66,7 +67,11 @@ impl Engine {
         })?;
         let addr = listener.local_addr();
         let refusals = listener.refusals();
-        let shared = Arc::new(Shared::new(config, identity, pool, write_time, addr));
+        if let Some(error) = listener.without_quic() {
+            warn!(code = error.code(), "no QUIC here, TCP only: UDP: {error}");
+        }
+        let takes_quic = quic && listener.without_quic().is_none();
+        let shared = Arc::new(Shared::new(config, identity, pool, write_time, addr, takes_quic));
         shared.metrics.listens(refusals);
         // Before anybody is let in: a peer that asks for a session of the life before must find it.
         recovery::recover(&shared).await;

@@ -30,7 +30,7 @@ use content::{LATER, SOON, Seen};
 
 /// A burst as long as TCP needs to find a far link's rate; less than the destination takes of one connection.
 const BURST: Burst =
-    Burst { streams: 1, bytes: 192 << 20, time: Duration::from_secs(3), link: Mode::Internet };
+    Burst { streams: 1, bytes: 192 << 20, time: Duration::from_secs(3), link: Mode::Internet, quic: false };
 /// Bytes a second that the agents get through where nothing is compressed, about, on two cores.
 const PLAIN: f64 = 500e6;
 /// Bytes a second of zero pages.
@@ -121,7 +121,7 @@ pub(crate) async fn estimate(
     };
     // One after the other: the burst would slow the guest's writes down, and these the burst.
     let seen = look(&qemu, &mut known, compression).await?;
-    let burst = Burst { streams: known.choice.streams, link: mode, ..BURST };
+    let burst = Burst { streams: known.choice.streams, link: mode, quic: known.choice.quic, ..BURST };
     let carried = probe(&known.dialler, burst).await?;
     known.guest.release();
     let rate = spec.bandwidth_limit.map_or(carried.steady, |limit| carried.steady.min(limit as f64));

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dwcp_link::{Connection, DialOptions, Gauge, Identity, Reader, Writer, dial, dial_plain};
+use dwcp_link::{Connection, DialOptions, Gauge, Identity, Kind, Reader, Writer, dial, dial_plain};
 use dwcp_proto::fault::Mechanism;
 use dwcp_proto::message::{
     Ask, Body, Challenge, Choice, Confirm, Confirmed, Hello, Join, Joined, Offer, Purpose, Told, Welcome,
@@ -16,6 +16,7 @@ use prost::Message as _;
 
 use crate::config::Congestion;
 use crate::error::{Blame, Failure};
+use crate::transport::Quic;
 use crate::wire::{WireError, link_failure, read_message, refusal, write_message, write_preamble};
 
 /// A session, as either end knows it.
@@ -90,6 +91,8 @@ pub(crate) struct Dialler {
     pub(crate) options: DialOptions,
     /// For data connections over links that are no datacenter's.
     pub(crate) congestion: Congestion,
+    /// Whether QUIC gets through, where it was chosen.
+    pub(crate) quic: Arc<Quic>,
 }
 
 /// The source's side after `Welcome`: all is known that the choice depends on.
@@ -166,9 +169,11 @@ impl Dialler {
             Purpose::Control => self.options.clone(),
             Purpose::Chunks | Purpose::Bytes => self.for_data(leg.mode),
         };
-        let conn = match plain {
-            true => dial_plain(self.addr, &options).await,
-            false => dial(self.addr, &self.identity, &self.to, &options).await,
+        let quic = leg.choice.quic && purpose == Purpose::Chunks;
+        let conn = match (plain, quic) {
+            (true, _) => dial_plain(self.addr, &options).await,
+            (false, true) => self.dial_quic_or_tcp(&options).await,
+            (false, false) => dial(self.addr, &self.identity, &self.to, &options).await,
         }
         .map_err(WireError::Link)?;
         let (exporter, gauge) = (conn.exporter(), conn.gauge());
@@ -288,8 +293,9 @@ impl Probing {
 pub(crate) struct Joining {
     pub(crate) join: Join,
     binding: [u8; 32],
-    /// The TLS peer; `None` on a plain connection.
+    /// The peer by TLS or QUIC; `None` on a plain connection.
     peer: Option<PeerKey>,
+    quic: bool,
     reader: Reader,
     writer: Writer,
 }
@@ -305,6 +311,7 @@ pub(crate) enum Newcomer {
 /// Reads what a new connection wants.
 pub(crate) async fn receive(conn: Connection) -> Result<Newcomer, Failure> {
     let (peer, exporter, addr) = (conn.peer().cloned(), conn.exporter(), conn.peer_addr());
+    let quic = conn.kind() == Kind::Quic;
     let (mut reader, mut writer) = conn.into_split();
     let binding = match exporter {
         Some(exporter) => exporter,
@@ -334,7 +341,7 @@ pub(crate) async fn receive(conn: Connection) -> Result<Newcomer, Failure> {
         (Body::Ask(ask), Some(peer)) => Ok(Newcomer::Asking(Box::new(Asking { ask, peer, writer }))),
         (Body::Probe(_), Some(_)) => Ok(Newcomer::Probing(Box::new(Probing { reader, writer }))),
         (Body::Join(join), peer) => {
-            Ok(Newcomer::Joining(Box::new(Joining { join, binding, peer, reader, writer })))
+            Ok(Newcomer::Joining(Box::new(Joining { join, binding, peer, quic, reader, writer })))
         }
         (body, _) => {
             Err(WireError::Unexpected { got: body.kind(), expected: "hello, join, ask or probe" }.failure())
@@ -420,6 +427,8 @@ pub(crate) struct Arrival {
     pub(crate) link: u32,
     /// Whether it is plain TCP: nothing but the join's signature was proved.
     pub(crate) plain: bool,
+    /// Whether it is QUIC, as protected as TLS over TCP.
+    pub(crate) quic: bool,
     binding: [u8; 32],
     reader: Reader,
     writer: Writer,
@@ -453,9 +462,9 @@ impl Joining {
         if !theirs && !Mechanism::JoinSignature.is_off() {
             return Err((self, forged("join")));
         }
-        let Joining { join, binding, peer, reader, writer } = *self;
+        let Joining { join, binding, peer, quic, reader, writer } = *self;
         let plain = peer.is_none();
-        Ok(Arrival { purpose, leg: join.leg, link: join.link, plain, binding, reader, writer })
+        Ok(Arrival { purpose, leg: join.leg, link: join.link, plain, quic, binding, reader, writer })
     }
 }
 
@@ -479,6 +488,9 @@ impl Arrival {
     ) -> Result<(Reader, Writer), WireError> {
         let message = joined_message(&session.id, next, applied, &self.binding);
         let joined = Joined { next, applied, signature: session.key.sign(&message).to_vec() };
+        if self.purpose != Purpose::Control {
+            self.reader.widen();
+        }
         write_message(&mut self.writer, Body::Joined(joined)).await?;
         Ok((self.reader, self.writer))
     }

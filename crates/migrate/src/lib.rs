@@ -43,10 +43,12 @@ mod source;
 pub mod spec;
 pub mod status;
 mod throttle;
+mod transport;
 mod wire;
 
 pub use config::{
-    CheckReport, Congestion, EngineConfig, FlagReason, Gate, Hde, Limits, Policy, Running, V1Policy, Verdict,
+    CheckReport, Congestion, EngineConfig, FlagReason, Gate, Hde, Limits, Policy, Running, Transport,
+    V1Policy, Verdict,
 };
 pub use engine::Engine;
 pub use error::{Blame, Failure};

@@ -72,6 +72,8 @@ pub const ATTACKS: [&str; 37] = [
 const MODES: [Mode; 2] = [Mode::Internet, Mode::Datacenter];
 /// What may protect data on the wire, as in the status.
 const ENCRYPTIONS: [&str; 2] = ["tls", "none"];
+/// What data connections are made over, likewise.
+const TRANSPORTS: [&str; 2] = ["tcp", "quic"];
 const ENDS: [Phase; 3] = [Phase::Completed, Phase::Aborted, Phase::Failed];
 const BLAMES: [Blame; 6] =
     [Blame::Operator, Blame::Vmm, Blame::PeerIncompatible, Blame::PeerMisbehaving, Blame::Link, Blame::Local];
@@ -130,6 +132,7 @@ struct ByEnd {
 struct ByProtection {
     path: &'static str,
     encryption: &'static str,
+    transport: &'static str,
 }
 
 type Seconds = Counter<f64, AtomicU64>;
@@ -213,7 +216,9 @@ impl Metrics {
             touch(&s.mode_switches, BySwitch { to: to.name(), cause: cause.code() });
         }
         for (path, encryption) in [Path::V1, Path::V3].into_iter().flat_map(|p| ENCRYPTIONS.map(|e| (p, e))) {
-            touch(&s.legs, ByProtection { path: path.name(), encryption });
+            for transport in TRANSPORTS {
+                touch(&s.legs, ByProtection { path: path.name(), encryption, transport });
+            }
         }
         let metrics = Metrics(Arc::new(s));
         metrics.node_path(Path::V1);
@@ -284,7 +289,7 @@ impl Metrics {
         );
         add!(
             "dwcp_legs",
-            "Stretches of migrations' data, at their source, by path and by what encrypts them",
+            "Stretches of migrations' data, at their source, by path, encryption and transport",
             s.legs
         );
         let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
@@ -320,7 +325,8 @@ impl Metrics {
 
     /// A migration's data begins to flow on this leg.
     pub fn begins(&self, leg: &Leg) {
-        let by = ByProtection { path: leg.path.name(), encryption: leg.encryption() };
+        let (path, encryption, transport) = (leg.path.name(), leg.encryption(), leg.transport());
+        let by = ByProtection { path, encryption, transport };
         self.0.legs.get_or_create(&by).inc();
     }
 

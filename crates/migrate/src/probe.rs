@@ -45,12 +45,19 @@ pub(crate) struct Burst {
     pub(crate) time: Duration,
     /// As which kind of link it is treated.
     pub(crate) link: Mode,
+    /// Over QUIC, not TCP.
+    pub(crate) quic: bool,
 }
 
 impl Burst {
     /// Enough to tell a datacenter's link from another one where the round trip is short: 8 MiB take 70 ms at 1 Gbit/s.
-    pub(crate) const QUICK: Burst =
-        Burst { streams: 1, bytes: 8 << 20, time: Duration::from_millis(200), link: Mode::Datacenter };
+    pub(crate) const QUICK: Burst = Burst {
+        streams: 1,
+        bytes: 8 << 20,
+        time: Duration::from_millis(200),
+        link: Mode::Datacenter,
+        quic: false,
+    };
 }
 
 /// What a link carried. Rates are bytes a second.
@@ -71,7 +78,7 @@ pub(crate) async fn probe(dialler: &Dialler, burst: Burst) -> Result<Carried, Fa
     let streams = burst.streams.max(1);
     let share = burst.bytes / u64::from(streams);
     let made =
-        try_join_all((0..streams).map(|_| connect(dialler, burst.link))).await.map_err(WireError::failure)?;
+        try_join_all((0..streams).map(|_| connect(dialler, burst))).await.map_err(WireError::failure)?;
     let sent = join_all(made.into_iter().map(|line| line.send(share, burst.time))).await;
     let mut all = Carried { steady: 0.0, best: 0.0, rtt: None, resent: 0.0 };
     for one in sent {
@@ -95,8 +102,11 @@ struct Line {
     gauge: Gauge,
 }
 
-async fn connect(dialler: &Dialler, link: Mode) -> Result<Line, WireError> {
-    let conn = dial(dialler.addr, &dialler.identity, &dialler.to, &dialler.for_data(link)).await;
+async fn connect(dialler: &Dialler, Burst { link, quic, .. }: Burst) -> Result<Line, WireError> {
+    let conn = match quic {
+        true => dialler.dial_quic().await,
+        false => dial(dialler.addr, &dialler.identity, &dialler.to, &dialler.for_data(link)).await,
+    };
     let conn = conn.map_err(WireError::Link)?;
     let gauge = conn.gauge();
     let (reader, mut writer) = conn.into_split();
@@ -154,6 +164,7 @@ pub(crate) async fn answer(shared: &Shared, mut probing: Probing) {
         let text = "too many probes at once";
         return probing.refuse(&Failure::new("busy", Blame::Local, text, "try again")).await;
     };
+    probing.reader.widen();
     let curve = match timeout(MAX_TIME, count(&mut probing.reader)).await {
         Ok(curve) => curve,
         // Whoever sends for longer is no node of this make.

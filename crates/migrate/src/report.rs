@@ -61,6 +61,8 @@ impl Report {
             source: None,
             sink: None,
             encryption: None,
+            transport: None,
+            transport_reason: None,
             path_switches: 0,
             fallback_reasons: Vec::new(),
             total_seconds: 0.0,
@@ -207,6 +209,20 @@ impl Report {
         });
     }
 
+    /// Data that was to go over QUIC goes over TCP.
+    pub(crate) fn over_tcp(&self, why: &str) {
+        if self.status.borrow().transport.as_deref() != Some("quic") {
+            return;
+        }
+        self.set(|s| {
+            s.transport = Some("tcp".to_owned());
+            s.transport_reason = Some(why.to_owned());
+            if s.fallback_reasons.len() < MAX_REASONS {
+                s.fallback_reasons.push(why.to_owned());
+            }
+        });
+    }
+
     /// Something simpler than wished for is used from now on.
     pub(crate) fn fallback(&self, reason: String) {
         self.set(|s| s.fallback_reasons.push(reason));
@@ -286,6 +302,8 @@ fn on_leg(status: &mut Status, leg: &Leg) {
     status.source = Some(through.to_owned());
     status.sink = Some(if leg.choice.mapped { "mapped" } else { through }.to_owned());
     status.encryption = Some(leg.encryption().to_owned());
+    status.transport = Some(leg.transport().to_owned());
+    status.transport_reason = Some(leg.choice.transport_reason.clone()).filter(|reason| !reason.is_empty());
 }
 
 impl Retry {

@@ -13,7 +13,7 @@ use dwcp_proto::{Codec, MigrationId, NodeName, Path, SessionId, VmName};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use crate::config::{EngineConfig, Gate, V1Policy};
+use crate::config::{EngineConfig, Gate, Transport, V1Policy};
 use crate::error::{Blame, Failure};
 use crate::guest::Guest;
 use crate::handshake::{Arrival, Dialler, Session};
@@ -42,6 +42,8 @@ pub(crate) struct Shared {
     /// How long a small synced write to the state folder takes.
     pub(crate) write_time: Duration,
     pub(crate) data_addr: SocketAddr,
+    /// Whether QUIC connections are taken there.
+    takes_quic: bool,
     /// Places for nodes that probe the link.
     pub(crate) probes: Semaphore,
     registry: Mutex<Registry>,
@@ -83,11 +85,23 @@ impl Shared {
         pool: Pool,
         write_time: Duration,
         data_addr: SocketAddr,
+        takes_quic: bool,
     ) -> Self {
         let (metrics, probes) = (Metrics::new(), Semaphore::new(MAX_PROBES));
         let bandwidth = NodeBandwidth::new(config.limits.bandwidth);
         let registry = Mutex::default();
-        Shared { config, identity, pool, bandwidth, metrics, write_time, data_addr, probes, registry }
+        Shared {
+            config,
+            identity,
+            pool,
+            bandwidth,
+            metrics,
+            write_time,
+            data_addr,
+            takes_quic,
+            probes,
+            registry,
+        }
     }
 
     pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -113,8 +127,9 @@ impl Shared {
         Ok(look(&registry))
     }
 
-    fn offer(&self, v3: bool, reason: &str, epoch: (u64, u64)) -> Offer {
+    fn offer(&self, v3: bool, reason: &str, epoch: (u64, u64), quic: bool) -> Offer {
         Offer {
+            quic,
             minor_min: MINOR,
             minor_max: MINOR,
             v1: match self.config.policy.v1 {
@@ -145,19 +160,21 @@ impl Shared {
             to,
             options: DialOptions::default(),
             congestion: self.config.congestion,
+            quic: Arc::default(),
         }
     }
 
     /// What this node offers as a source: the flag decides.
     pub(crate) fn offer_as_source(&self) -> Offer {
         let Gate { source, epoch, .. } = self.config.gate.borrow().clone();
-        self.offer(source.new == Path::V3, &source.reason.text, epoch)
+        let quic = self.config.transport != Transport::Tcp;
+        self.offer(source.new == Path::V3, &source.reason.text, epoch, quic)
     }
 
     /// What this node offers as a destination: v3 unless it vetoes.
     pub(crate) fn offer_as_destination(&self) -> Offer {
         let Gate { source, veto, epoch } = self.config.gate.borrow().clone();
-        self.offer(veto.is_none(), &veto.unwrap_or(source.reason).text, epoch)
+        self.offer(veto.is_none(), &veto.unwrap_or(source.reason).text, epoch, self.takes_quic)
     }
 
     /// A migration of an earlier life of this agent.

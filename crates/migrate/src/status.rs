@@ -105,6 +105,12 @@ pub struct Status {
     pub sink: Option<String>,
     /// `tls` or `none`: how the data connections are protected.
     pub encryption: Option<String>,
+    /// `quic` or `tcp`: what the data connections are made over; absent before it is negotiated.
+    #[serde(default)]
+    pub transport: Option<String>,
+    /// Why; absent where the source is older.
+    #[serde(default)]
+    pub transport_reason: Option<String>,
     /// Times that the path changed in mid-migration.
     pub path_switches: u32,
     /// Why something simpler than wished for is used, one entry each.

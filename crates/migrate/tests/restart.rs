@@ -67,6 +67,7 @@ impl Agent {
             hde: Hde::default(),
             bounds: Bounds::default(),
             congestion: Congestion::default(),
+            transport: dwcp_migrate::Transport::default(),
             gate: self.gate.subscribe(),
             attach: false,
             listen: self.listen,

@@ -54,6 +54,11 @@ impl Leg {
         if self.choice.plain { "none" } else { "tls" }
     }
 
+    /// What its data connections were to be made over, in one word for status and metrics.
+    pub fn transport(&self) -> &'static str {
+        if self.choice.quic { "quic" } else { "tcp" }
+    }
+
     /// The leg after this one. `carried` is the digest of what this leg carried, as both sides know it.
     pub fn next(&self, choice: Choice, from: StreamOffset, carried: [u8; 32]) -> Option<Self> {
         let number = self.number.checked_add(1)?;

@@ -8,7 +8,7 @@
 //!   |                     Welcome: offer, layout          |  or Refused
 //!   | Confirm: choice, signature                          |
 //!   |                     Confirmed: signature            |  both now hold the session id
-//!   | ------------ data connections (TLS or plain) -----> |
+//!   | ------- data connections (TLS, QUIC or plain) ----> |
 //!   |                     Challenge                       |  first on every plain connection
 //!   | Join: session, purpose, signature                   |
 //!   |                     Joined: where to go on          |  or Refused
@@ -164,6 +164,9 @@ pub struct Offer {
     /// As a destination: pages that it would keep for reference where no block is mapped.
     #[prost(uint32, tag = "22")]
     pub cache_pages: u32,
+    /// Data connections over QUIC can be made (source) and taken (destination).
+    #[prost(bool, tag = "40")]
+    pub quic: bool,
 }
 
 /// Opens a session. The destination holds the node names against the TLS identities.
@@ -268,6 +271,12 @@ pub struct Choice {
     /// Why this mode, in words.
     #[prost(string, tag = "30")]
     pub mode_reason: String,
+    /// Data connections are QUIC's; where UDP does not get through they may be TLS over TCP all the same.
+    #[prost(bool, tag = "40")]
+    pub quic: bool,
+    /// Why QUIC or TCP, in words.
+    #[prost(string, tag = "41")]
+    pub transport_reason: String,
 }
 
 /// Fixes the choice.

@@ -88,6 +88,8 @@ pub struct Wish {
     pub mode: Option<Mode>,
     /// The number of data connections, if not left to the agents.
     pub streams: Option<u32>,
+    /// QUIC for the data connections, wherever both sides and the leg can have it.
+    pub quic: bool,
 }
 
 /// Why no choice is possible.
@@ -191,6 +193,8 @@ pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Re
     if holds && !mapped && !destination.unmapped.is_empty() {
         reasons.push(format!("sink stream instead of mapped: {}", destination.unmapped));
     }
+    // Over the short way, and with nothing encrypted, TCP is the faster one; and v1 is one TCP connection.
+    let quic = wish.quic && path == Path::V3 && mode == Mode::Internet && source.quic && destination.quic;
     Ok(Choice {
         path: path.to_wire(),
         mode: if path == Path::V1 { link } else { mode }.to_wire(),
@@ -204,6 +208,8 @@ pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Re
         mapped,
         cache_pages: if caches { destination.cache_pages } else { 0 },
         mode_reason: String::new(),
+        quic,
+        transport_reason: String::new(),
     })
 }
 
@@ -225,6 +231,12 @@ pub fn permits(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(
     }
     if choice.plain && (!plain_ok || mode != Mode::Datacenter) {
         return Err("plain TCP is not in both offers");
+    }
+    if choice.quic && (path != Path::V3 || mode != Mode::Internet || choice.plain) {
+        return Err("QUIC where there can be none");
+    }
+    if choice.quic && !(source.quic && destination.quic) {
+        return Err("QUIC is not in both offers");
     }
     if choice.streams == 0 || choice.streams > source.streams.min(destination.streams) {
         return Err("more streams than offered");
@@ -248,6 +260,7 @@ pub fn permits(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(
         return Err("references to what the destination does not hold");
     }
     if choice.mode_reason.len() > MAX_REASON
+        || choice.transport_reason.len() > MAX_REASON
         || choice.reasons.len() > MAX_REASONS
         || choice.reasons.iter().any(|r| r.len() > MAX_REASON)
     {
@@ -437,6 +450,31 @@ mod tests {
     }
 
     #[test]
+    fn quic_where_it_is_wished_for_both_sides_have_it_and_the_leg_is_v3s_over_a_long_way() {
+        let able = Offer { quic: true, ..offer() };
+        let wish = Wish { quic: true, ..Wish::default() };
+        let choose = |a: &Offer, b: &Offer, wish, link| {
+            let choice = super::choose(a, b, wish, link).unwrap();
+            assert_eq!(permits(&choice, a, b), Ok(()));
+            choice
+        };
+        let first = choose(&able, &able, wish, Mode::Internet);
+        assert!(first.quic);
+        assert!(!choose(&able, &able, Wish::default(), Mode::Internet).quic);
+        assert!(!choose(&able, &able, wish, Mode::Datacenter).quic);
+        assert!(!choose(&able, &able, Wish { path: Some(Path::V1), ..wish }, Mode::Internet).quic);
+        for (a, b) in [(&able, &offer()), (&offer(), &able)] {
+            assert!(!choose(a, b, wish, Mode::Internet).quic, "an older agent");
+            assert_eq!(permits(&first, a, b), Err("QUIC is not in both offers"));
+        }
+        for bad in [Choice { mode: 1, ..first.clone() }, Choice { path: 1, streams: 1, ..first.clone() }] {
+            assert!(permits(&bad, &able, &able).is_err(), "{bad:?}");
+        }
+        let back = Wish { path: Some(Path::V3), ..wish };
+        assert!(choose_again(&able, &able, back, Mode::Internet, &first).unwrap().quic);
+    }
+
+    #[test]
     fn a_later_leg_stays_within_the_offers_whatever_the_flag_said() {
         let off = Offer { v3: false, ..offer() };
         let first = choose(&off, &offer(), Wish::default(), Mode::Internet).unwrap();
@@ -466,6 +504,7 @@ mod tests {
             Choice { hde: 0, ..good.clone() },
             Choice { reasons: vec!["x".repeat(MAX_REASON + 1)], ..good.clone() },
             Choice { mode_reason: "x".repeat(MAX_REASON + 1), ..good.clone() },
+            Choice { transport_reason: "x".repeat(MAX_REASON + 1), ..good.clone() },
         ];
         for choice in bad {
             assert!(permits(&choice, &offer(), &offer()).is_err(), "{choice:?}");

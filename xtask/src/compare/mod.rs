@@ -30,7 +30,7 @@ enum What {
     V1(v1::Settings),
     /// What `dwcpctl estimate` says beside what the migration then takes, over shaped lines; writes docs/compare-estimate.md
     Estimate(estimate::Settings),
-    /// What TCP carries over long and lossy lines, by congestion control; writes docs/compare-tcp.md
+    /// What TCP and QUIC carry over long and lossy lines, by congestion control; writes docs/compare-tcp.md
     Tcp(tcp::Settings),
     /// Datacenter mode beside path v1 and QEMU alone, over a cable between two network namespaces; writes docs/compare-dc.md
     Dc(dc::Settings),

@@ -40,6 +40,7 @@ node_bandwidth = "800Mbit"
 datacenter_rtt = "2ms"
 datacenter_rate = "10Gbit"
 congestion = "system"
+transport = "quic"
 
 [vmm]
 attach = "none"
@@ -81,6 +82,7 @@ fn every_key_is_read() {
     assert_eq!(config.hde, Hde { delta: false, ..Hde::default() });
     assert_eq!(config.limits.bandwidth, NonZeroU64::new(25_000_000).map(Rate));
     assert_eq!(config.link.congestion, Congestion::System);
+    assert_eq!(config.link.transport, Transport::Quic);
     assert_eq!(config.link.datacenter_rtt, Trip(Duration::from_millis(2)));
     assert_eq!(config.link.datacenter_rate.0.get(), 1_250_000_000);
     assert_eq!(config.limits.node_bandwidth, NonZeroU64::new(100_000_000).map(Rate));
@@ -138,12 +140,13 @@ fn bad_values_are_refused_where_they_stand() {
         ("migrations = 2", "migrations = 0", ":28:14: ", "from 1 to 64"),
         ("cpus = 4", "cpus = -1", ":29:8: ", "expected u64"),
         ("200Mbit", "0Mbit", ":34:13: ", "rate above zero"),
-        ("\"none\"\npaths", "\"gdb\"\npaths", ":43:10: ", "`none` or `ptrace`"),
-        ("info,dwcp_link=debug", "loud", ":51:9: ", "expected error, warn, info, debug or trace"),
+        ("\"none\"\npaths", "\"gdb\"\npaths", ":44:10: ", "`none` or `ptrace`"),
+        ("info,dwcp_link=debug", "loud", ":52:9: ", "expected error, warn, info, debug or trace"),
+        ("transport = \"quic\"", "transport = \"udp\"", ":41:13: ", "`auto`, `tcp`, `quic`"),
         ("\"90s\"", "\"0s\"", ":20:16: ", "from 1s to 86400s"),
-        ("dc-1", "dc 1", ":46:1: ", "1 to 64 characters"),
-        ("[log]", "[logs]", ":49:2: ", "unknown key `logs`"),
-        ("[log]", "[log", ":49:5: ", "expected `]`"),
+        ("dc-1", "dc 1", ":47:1: ", "1 to 64 characters"),
+        ("[log]", "[logs]", ":50:2: ", "unknown key `logs`"),
+        ("[log]", "[log", ":50:5: ", "expected `]`"),
     ] {
         let error = error(from, to);
         let (first, _) = error.split_once('\n').unwrap_or((&error, ""));

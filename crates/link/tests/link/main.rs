@@ -4,4 +4,5 @@
 
 mod common;
 mod listener;
+mod quic;
 mod tls;

@@ -381,6 +381,9 @@ impl Run {
 
     /// A connection of this session.
     async fn arrival(&mut self, arrival: Arrival) {
+        if arrival.purpose == Purpose::Chunks && !arrival.quic {
+            self.report.over_tcp("TCP instead of QUIC: the source's data connections come over TCP");
+        }
         let target = match arrival.purpose {
             Purpose::Control => Some(&self.rejoins),
             Purpose::Chunks | Purpose::Bytes => self.data.as_ref(),

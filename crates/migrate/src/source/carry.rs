@@ -21,6 +21,7 @@ use super::{Outgoing, bytes, chunks};
 use crate::control::{Control, DataEvent};
 use crate::error::{Blame, Failure};
 use crate::report::Turned;
+use crate::transport;
 
 /// What the peer says to the data path.
 pub(crate) type Peer = mpsc::Receiver<DataEvent>;
@@ -108,7 +109,8 @@ pub(crate) async fn carry(
 /// The order to go on as another leg, where v3 has this mode and policy sees this link.
 fn order(out: &Outgoing, leg: &Leg, change: &Change, mode: Mode, link: Mode) -> Result<Switch, Failure> {
     let (source, destination) = (&out.session.offers.source, &out.session.offers.destination);
-    let wish = Wish { path: Some(change.to), mode: Some(mode), ..out.wish };
+    let quic = out.wish.quic && out.dialler.without_quic().is_none();
+    let wish = Wish { path: Some(change.to), mode: Some(mode), quic, ..out.wish };
     let mut choice = match change.cause {
         Cause::Restarted => leg.choice.clone(),
         _ => choose_again(source, destination, wish, link, &leg.choice).map_err(|why| {
@@ -121,6 +123,8 @@ fn order(out: &Outgoing, leg: &Leg, change: &Change, mode: Mode, link: Mode) -> 
         true => change.reason.clone(),
         false => leg.choice.mode_reason.clone(),
     };
+    choice.transport_reason =
+        transport::reason(&choice, out.dialler.without_quic().unwrap_or(&out.transport_reason));
     let mut switch = Switch {
         leg: leg.number + 1,
         choice: Some(choice),

@@ -73,6 +73,8 @@ pub(crate) struct Outgoing {
     layers: Layers,
     /// What the caller wished for, for the legs after the first.
     wish: Wish,
+    /// Why QUIC or TCP, likewise.
+    transport_reason: String,
     /// What the link counted as at the beginning, for policy.
     link: Mode,
     /// Bytes a second that may be taken of it.
@@ -137,7 +139,21 @@ async fn attempt(
         () = reins.cancelled() => return Err(cancelled()),
         () = passed(deadline) => return Err(deadline_failure()),
     };
-    let Plan { guest, met, choice, dialler, guest_ran, downtime, wish, link, mode, offer, ram, .. } = plan;
+    let Plan {
+        guest,
+        met,
+        choice,
+        dialler,
+        guest_ran,
+        downtime,
+        wish,
+        transport_reason,
+        link,
+        mode,
+        offer,
+        ram,
+        ..
+    } = plan;
     // Before the destination is bound to the session: a disk that cannot take a journal is no reason to keep it waiting.
     if report.attempt() > 1 {
         recovery::retire(shared, id, Side::Source);
@@ -205,6 +221,7 @@ async fn attempt(
         remember: crate::hde::allowance(ram, shared.config.limits.memory),
         layers: crate::hde::layers(shared.config.hde),
         wish,
+        transport_reason,
         link,
         limit: spec.bandwidth_limit,
     };
@@ -262,6 +279,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         remember: 0,
         layers: Layers::ZERO,
         wish: Wish::default(),
+        transport_reason: String::new(),
         link: Mode::Internet,
         limit: None,
     };

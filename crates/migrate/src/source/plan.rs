@@ -18,6 +18,7 @@ use crate::handshake::{Dialler, Met, nonce};
 use crate::probe::{Burst, probe};
 use crate::shared::Shared;
 use crate::spec::{Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
+use crate::transport;
 
 /// What loading the devices' state takes at the destination, about: 5 to 15 ms were seen with the devices of a cloud guest.
 const DEVICE_LOAD: Duration = Duration::from_millis(20);
@@ -71,6 +72,8 @@ pub(crate) struct Plan {
     pub(crate) guest_ran: bool,
     pub(crate) downtime: Downtime,
     pub(crate) wish: Wish,
+    /// Why QUIC or TCP, where it could be either.
+    pub(crate) transport_reason: String,
     /// What the link counts as for policy.
     pub(crate) link: Mode,
     pub(crate) mode: ModeChoice,
@@ -185,12 +188,25 @@ pub(crate) async fn plan(
     let decides = spec.mode == ModeWish::Auto && spec.path != PathWish::V1 && little(shared, spec).is_none();
     let (link, why) = judge(shared, &dialler, met.rtt, decides).await;
     let (mode, mode_reason) = self::mode(shared, spec, link, why);
-    let wish = wish(spec, mode);
+    let mut wish = wish(spec, mode);
     let theirs = met.welcome.offer.clone().unwrap_or_default();
-    let mut choice = match choose(&offer, &theirs, wish, link) {
+    let chosen = |wish| choose(&offer, &theirs, wish, link);
+    let mut choice = match chosen(wish) {
         Ok(choice) => choice,
         Err(error) => return Err(together(problems, impossible(error))),
     };
+    let found = transport::find(shared, &dialler, &theirs, &choice, met.rtt, spec.bandwidth_limit).await;
+    if found.quic {
+        wish.quic = true;
+        choice = chosen(wish).unwrap_or(choice);
+    }
+    choice.transport_reason = transport::reason(&choice, &found.reason);
+    if transport::possible(&choice) {
+        let transport = if choice.quic { "QUIC" } else { "TCP" };
+        notes.push(format!("the data goes over {transport}: {}", choice.transport_reason));
+        choice.reasons.extend(found.fallback);
+    }
+    let transport_reason = found.reason;
     choice.guest_runs = guest_ran;
     choice.mode_reason = mode_reason;
     choice.reasons.extend(without_congestion(shared, &choice));
@@ -208,6 +224,7 @@ pub(crate) async fn plan(
         guest_ran,
         downtime,
         wish,
+        transport_reason,
         link,
         mode,
         offer,
@@ -219,7 +236,8 @@ pub(crate) async fn plan(
 
 /// Why the congestion control that is wished for is not used, where it would be.
 fn without_congestion(shared: &Shared, choice: &Choice) -> Option<String> {
-    let name = shared.config.congestion.name().filter(|_| choice.mode == Mode::Internet.to_wire())?;
+    let applies = choice.mode == Mode::Internet.to_wire() && !choice.quic;
+    let name = shared.config.congestion.name().filter(|_| applies)?;
     let error = dwcp_link::can_use(name).err()?;
     Some(format!("the system's congestion control instead of {name}: {error}"))
 }
@@ -258,6 +276,7 @@ pub(crate) fn wish(spec: &MigrateSpec, mode: Mode) -> Wish {
         },
         mode: Some(mode),
         streams: spec.streams.map(u32::from),
+        quic: false,
     }
 }
 

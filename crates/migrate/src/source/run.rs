@@ -362,7 +362,10 @@ impl Run {
         let counters = self.outgoing.counters.clone();
         self.monitor.spawn(monitor(self.guest.clone(), counters, self.info_tx.clone()));
         self.report.set(|s| s.phase = Phase::Precopy);
-        self.pilot.note("precopy", "").await;
+        let leg = self.outgoing.leg();
+        self.pilot
+            .note("precopy", format!("over {}: {}", leg.transport(), leg.choice.transport_reason))
+            .await;
         Ok(())
     }
 
@@ -533,6 +536,9 @@ impl Run {
     /// Looks at the figures and at the clock.
     async fn look(&mut self) {
         self.count();
+        if let Some(why) = self.outgoing.dialler.without_quic() {
+            self.report.over_tcp(why);
+        }
         let committed = matches!(self.pilot.phase(), "committed" | "withdrawing" | "source_lost");
         let in_doubt = committed && self.dark_since.is_some();
         self.report.set(|s| match (in_doubt, s.phase) {

@@ -94,10 +94,10 @@ mod tests {
     fn sample(acked: u64, strained: Duration) -> Sample {
         Sample {
             rtt: MS,
-            rtt_var: MS,
+            rtt_var: Some(MS),
             min_rtt: MS,
-            queued: 0,
-            unsent: 0,
+            queued: Some(0),
+            unsent: Some(0),
             delivery_rate: 500_000_000,
             retransmits: 0,
             congestion_window: 0,

@@ -11,7 +11,9 @@ use std::time::Duration;
 use dwcp_link::Peers;
 use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::Status;
-use dwcp_migrate::{Congestion, Engine, EngineConfig, Failure, FlagReason, Gate, Hde, Limits, Policy};
+use dwcp_migrate::{
+    Congestion, Engine, EngineConfig, Failure, FlagReason, Gate, Hde, Limits, Policy, Transport,
+};
 use dwcp_proto::mode::Bounds;
 use dwcp_proto::{MigrationId, NodeKey, NodeName, Path, VmName};
 use dwcp_vmm::sim::{GuestSpec, SimVmm};
@@ -70,6 +72,7 @@ impl Node {
             hde: Hde::default(),
             bounds: Bounds::default(),
             congestion: Congestion::default(),
+            transport: Transport::default(),
             gate: gate_rx,
             attach: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
@@ -138,9 +141,20 @@ impl Scene {
         policy: Policy,
         adapt: impl FnOnce(&mut EngineConfig),
     ) -> Scene {
+        Scene::with_both(a_v3, b_v3, policy, adapt, |_| ()).await
+    }
+
+    /// One whose nodes' configurations are changed, the source's first.
+    pub async fn with_both(
+        a_v3: bool,
+        b_v3: bool,
+        policy: Policy,
+        adapt_a: impl FnOnce(&mut EngineConfig),
+        adapt_b: impl FnOnce(&mut EngineConfig),
+    ) -> Scene {
         logged();
-        let a = Node::start_with("a", 1, a_v3, policy, adapt).await;
-        let b = Node::start("b", 2, b_v3, policy).await;
+        let a = Node::start_with("a", 1, a_v3, policy, adapt_a).await;
+        let b = Node::start_with("b", 2, b_v3, policy, adapt_b).await;
         let source = SimVmm::running(&a.qmp(), guest()).unwrap();
         let destination = SimVmm::incoming(&b.qmp(), guest()).unwrap();
         Scene { a, b, source, destination }

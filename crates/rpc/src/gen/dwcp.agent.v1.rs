@@ -494,6 +494,12 @@ pub struct Status {
     /// What the layers of HDE did, at the source.
     #[prost(message, repeated, tag = "29")]
     pub layers: ::prost::alloc::vec::Vec<Layer>,
+    /// `quic` or `tcp`: what the data connections are made over; absent before it is negotiated.
+    #[prost(string, optional, tag = "50")]
+    pub transport: ::core::option::Option<::prost::alloc::string::String>,
+    /// Why, in words; absent where the source is older.
+    #[prost(string, optional, tag = "51")]
+    pub transport_reason: ::core::option::Option<::prost::alloc::string::String>,
 }
 /// What a layer of HDE made of its share.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -293,6 +293,8 @@ fn negotiated(rng: &mut Rng) -> Result<(Choice, [Offer; 2], Wish), String> {
             path: rng.pick(&[None, None, Some(Path::V1), Some(Path::V3)]).flatten(),
             mode: rng.pick(&[None, Some(Mode::Internet), Some(Mode::Datacenter)]).flatten(),
             streams: rng.one_in(3).then(|| rng.between(0, 20) as u32),
+            // What the connections are made of is nothing to these machines.
+            quic: false,
         };
         let link = if rng.one_in(2) { Mode::Internet } else { Mode::Datacenter };
         let v3 = source.v3 && destination.v3;

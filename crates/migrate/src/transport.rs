@@ -1,0 +1,199 @@
+//! QUIC or TCP for the data connections of internet mode: measured before a migration, and given up for TCP where UDP does not get through.
+//!
+//! # States of a session's data connections
+//! ```text
+//! TCP                                   as chosen
+//! QUIC ── no answer over UDP, while TCP stands and UDP is asked once more in vain ──► TCP, to the session's end
+//! ```
+//! A dark link answers over neither, and is no reason to leave QUIC.
+
+use std::net::SocketAddr;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use dwcp_link::{Connection, DialOptions, LinkError, dial, dial_quic};
+use dwcp_proto::message::{Body, Choice, Offer, Probe};
+use dwcp_proto::{Mode, Path, units};
+use tokio::io::AsyncWriteExt;
+use tracing::{info, warn};
+
+use crate::config::Transport;
+use crate::error::Failure;
+use crate::handshake::Dialler;
+use crate::probe::{Burst, probe};
+use crate::shared::Shared;
+use crate::wire::{WireError, link_failure, read_message, write_message};
+
+/// How long an answer over UDP may take: several packets of a handshake lost one after the other over the longest of lines.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Below this round trip TCP finds a lost packet out so soon that QUIC can only cost.
+const NEAR: Duration = Duration::from_millis(10);
+/// How much more QUIC must carry. A burst's figure is rough, and QUIC takes two to three times the processor's time for a byte.
+const CLEARLY: f64 = 1.2;
+/// So much of what may be taken of the link counts as all of it.
+const ENOUGH: f64 = 0.9;
+/// A part of what TCP sent that counts as nothing lost.
+const NOTHING: f64 = 0.000_2;
+/// Round trips that a burst takes, so that the link's rate is found in its first half, within bounds: a queue has to fill, and nobody
+/// likes to wait.
+const TRIPS: u32 = 8;
+const SHORTEST: Duration = Duration::from_millis(400);
+const LONGEST: Duration = Duration::from_millis(1500);
+/// Bytes of a burst: half a second at 1 Gbit/s.
+const BYTES: u64 = 64 << 20;
+
+/// Why QUIC, where it was asked for.
+const ASKED: &str = "[link] transport asks for QUIC";
+
+/// Whether QUIC still gets through, for a dialler and its clones.
+#[derive(Debug, Default)]
+pub(crate) struct Quic {
+    blocked: OnceLock<String>,
+}
+
+/// What came of looking at both.
+pub(crate) struct Found {
+    /// QUIC is wished for.
+    pub(crate) quic: bool,
+    /// Why, or why not.
+    pub(crate) reason: String,
+    /// It was asked for by name, and cannot be had.
+    pub(crate) fallback: Option<String>,
+}
+
+impl Found {
+    fn tcp(reason: impl Into<String>) -> Self {
+        Found { quic: false, reason: reason.into(), fallback: None }
+    }
+
+    fn quic(reason: impl Into<String>) -> Self {
+        Found { quic: true, reason: reason.into(), fallback: None }
+    }
+}
+
+/// Whether a leg of this choice could go over QUIC.
+pub(crate) fn possible(choice: &Choice) -> bool {
+    let v3 = choice.path == Path::V3.to_wire() && choice.mode == Mode::Internet.to_wire();
+    v3 && !choice.plain
+}
+
+/// The reason for what a leg's connections are made over, where that is found to be `found` for those that could be either.
+pub(crate) fn reason(choice: &Choice, found: &str) -> String {
+    match (possible(choice), Path::from_wire(choice.path)) {
+        (true, _) => found.to_owned(),
+        (false, Some(Path::V1)) => "v1 is one TCP connection".to_owned(),
+        (false, _) => "datacenter mode goes over TCP".to_owned(),
+    }
+}
+
+/// Finds out whether the data of a migration that begins with `choice` should go over QUIC. `rtt` is the round trip, `limit` what may be
+/// taken of the link, bytes a second. Where it measures it takes from half a second to some four, by the round trip and by what is lost.
+pub(crate) async fn find(
+    shared: &Shared,
+    dialler: &Dialler,
+    theirs: &Offer,
+    choice: &Choice,
+    rtt: Duration,
+    limit: Option<u64>,
+) -> Found {
+    let asked = shared.config.transport == Transport::Quic;
+    let without = |why: String| {
+        let fallback = asked.then(|| format!("TCP instead of QUIC: {why}"));
+        Found { quic: false, reason: why, fallback }
+    };
+    match shared.config.transport {
+        Transport::Tcp => Found::tcp("[link] transport asks for TCP"),
+        _ if !theirs.quic => without(
+            "the destination offers no QUIC: it is older, its UDP port is taken, or its [link] transport is tcp".to_owned(),
+        ),
+        // Nothing to try where the first leg cannot have it.
+        Transport::Quic if !possible(choice) => Found::quic(ASKED),
+        Transport::Quic => match dialler.answers_over_quic().await {
+            Ok(()) => Found::quic(ASKED),
+            Err(failure) => without(failure.message),
+        },
+        Transport::Auto if !possible(choice) => Found::tcp("it did not begin in internet mode, so QUIC was not measured"),
+        Transport::Auto if rtt < NEAR => {
+            let (trip, near) = (rtt.as_secs_f64() * 1e3, NEAR.as_millis());
+            Found::tcp(format!("the round trip of {trip:.1} ms is below {near} ms"))
+        }
+        Transport::Auto => compare(dialler, choice, rtt, limit).await,
+    }
+}
+
+/// A burst over each, one after the other: beside each other they would share the link. Where TCP loses nothing, or fills what may be
+/// taken, its own is enough.
+async fn compare(dialler: &Dialler, choice: &Choice, rtt: Duration, limit: Option<u64>) -> Found {
+    let time = (rtt * TRIPS).clamp(SHORTEST, LONGEST);
+    let burst = Burst { streams: choice.streams, bytes: BYTES, time, link: Mode::Internet, quic: false };
+    let (tcp, lost) = match probe(dialler, burst).await {
+        Ok(carried) => (carried.steady, carried.resent),
+        Err(failure) => {
+            warn!(%failure, "the link was not probed");
+            return Found::tcp("it could not be measured");
+        }
+    };
+    let carried = units::rate(tcp);
+    if limit.is_some_and(|limit| tcp >= limit as f64 * ENOUGH) {
+        return Found::tcp(format!("it carries {carried}, and no more may be taken of the link"));
+    }
+    if lost < NOTHING {
+        return Found::tcp(format!("it carries {carried}, and loses nothing"));
+    }
+    match probe(dialler, Burst { quic: true, ..burst }).await {
+        Ok(quic) if quic.steady >= tcp * CLEARLY => {
+            Found::quic(format!("it carries {}, and TCP {carried}", units::rate(quic.steady)))
+        }
+        Ok(quic) => Found::tcp(format!("it carries {carried}, and QUIC {}", units::rate(quic.steady))),
+        Err(failure) => Found::tcp(format!("QUIC carried nothing: {}", failure.message)),
+    }
+}
+
+impl Dialler {
+    /// Makes a QUIC connection.
+    pub(crate) async fn dial_quic(&self) -> Result<Connection, LinkError> {
+        let options = DialOptions { connect_timeout: PATIENCE, ..self.options.clone() };
+        dial_quic(self.addr, &self.identity, &self.to, &options).await
+    }
+
+    /// Whether the peer answers over UDP: an empty probe.
+    async fn answers_over_quic(&self) -> Result<(), Failure> {
+        let (mut reader, mut writer) = self.dial_quic().await.map_err(link_failure)?.into_split();
+        write_message(&mut writer, Body::Probe(Probe {})).await.map_err(WireError::failure)?;
+        writer.shutdown().await.map_err(|error| WireError::from(error).failure())?;
+        read_message(&mut reader).await.map_err(WireError::failure).map(drop)
+    }
+
+    /// Makes a QUIC connection, or one of TLS over TCP where only UDP does not get through.
+    pub(crate) async fn dial_quic_or_tcp(&self, options: &DialOptions) -> Result<Connection, LinkError> {
+        let tcp = || dial(self.addr, &self.identity, &self.to, options);
+        if self.without_quic().is_some() {
+            return tcp().await;
+        }
+        let first = match self.dial_quic().await {
+            Err(error) if error.is_transient() => error,
+            done => return done,
+        };
+        let instead = tcp().await?;
+        // The link may have come back between the two.
+        match self.dial_quic().await {
+            Err(_) => {
+                let why = blocked(self.addr, &first);
+                info!("{why}");
+                // Several connections may find it out at once.
+                let _ = self.quic.blocked.set(why);
+                Ok(instead)
+            }
+            done => done,
+        }
+    }
+
+    /// Why QUIC is not used any more though it was chosen.
+    pub(crate) fn without_quic(&self) -> Option<&str> {
+        self.quic.blocked.get().map(String::as_str)
+    }
+}
+
+fn blocked(addr: SocketAddr, error: &LinkError) -> String {
+    format!("TCP instead of QUIC: UDP does not get through to {addr}, and TCP does ({error})")
+}
