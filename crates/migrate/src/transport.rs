@@ -35,12 +35,12 @@ const ENOUGH: f64 = 0.9;
 /// A part of what TCP sent that counts as nothing lost.
 const NOTHING: f64 = 0.000_2;
 /// Round trips that a burst takes, so that the link's rate is found in its first half, within bounds: a queue has to fill, and nobody
-/// likes to wait.
+/// likes to wait, nor to pay for bytes that are not the guest's.
 const TRIPS: u32 = 8;
-const SHORTEST: Duration = Duration::from_millis(400);
+const SHORTEST: Duration = Duration::from_millis(160);
 const LONGEST: Duration = Duration::from_millis(1500);
-/// Bytes of a burst: half a second at 1 Gbit/s.
-const BYTES: u64 = 64 << 20;
+/// Bytes of a burst: thousands of packets, of which some are lost wherever it matters.
+const BYTES: u64 = 8 << 20;
 
 /// Why QUIC, where it was asked for.
 const ASKED: &str = "[link] transport asks for QUIC";
@@ -87,7 +87,7 @@ pub(crate) fn reason(choice: &Choice, found: &str) -> String {
 }
 
 /// Finds out whether the data of a migration that begins with `choice` should go over QUIC. `rtt` is the round trip, `limit` what may be
-/// taken of the link, bytes a second. Where it measures it takes from half a second to some four, by the round trip and by what is lost.
+/// taken of the link, bytes a second. Where it measures it takes from a sixth of a second to some four, by the round trip and by what is lost.
 pub(crate) async fn find(
     shared: &Shared,
     dialler: &Dialler,
