@@ -13,27 +13,7 @@ use crate::compare::table::Table;
 const SLACK_MS: f64 = 20.0;
 
 /// What else was tried, and what bounds the figures; goes into the document as it is.
-const REMARKS: &str = "\
-## What bounds it, and what did not pay
-
-- *The cache* of a destination whose RAM cannot be mapped takes 16 MiB and 2.7 % of the guest's RAM. A guest that rewrites several \
-times as much in each round finds next to nothing there when it comes round again, whatever is kept: its pages go whole, and it may not \
-converge. Give the destination's VMM shared RAM (memfd or file), or expect what QEMU's plain migration does.
-- *LZ4 as the cheapest step* when the CPU is what the link waits for: on a busy machine half of the Debian guest's chunks went there, \
-and it came to more bytes than QEMU's zstd 1. zstd -1 takes its place.
-- *Words taken apart into planes of bytes* before compression, so that the constant bytes of pointers lie together: text and pointers in \
-equal parts shrink to 48 % then, but to 24 % as they are (zstd 1, chunks of 512 KiB).
-- *Chunks of 1 MiB*, and level 9 instead of 7: a few tenths of a point. From level 1 to 9 there are 3 to 6 points, for 5 to 8 times the CPU.
-- A random quarter of the write-heavy guest's pages takes 134 of its 512 MiB whatever is done.
-- *The Debian guest on two cores*: its emulation takes one of them all the time. The line is full for the first five seconds of eight; then come \
-pages that are copies or zero, for which the destination's agent reads 1.3 GB of RAM again (it must not touch what is zero already), and the line waits for the CPU. \
-Of both agents' CPU time (perf, cpu-clock, shared RAM, 2026-11-22) zstd takes 19 % to compress and 6 % to decompress, copying from sockets and RAM 11 %, copying to RAM 4 %, \
-switching and waking tasks 14 %, BLAKE3 4 %, fingerprints and their index 3 %, Ed25519 and AES-GCM 4 %. QEMU's own multifd has no second pair of processes in between, and no \
-hashes: with zstd 1 its CPU time is half of ours, and where it fills the line only fewer bytes could be faster.
-- *Fewer bytes* for that guest: dedup takes a third of its pages away and zstd leaves 24 % of the others. What is left is programs and libraries, of which level 9 takes some 10 % \
-more than level 3, for five times the CPU. Windows beyond a chunk were not tried.
-- *Fresh memory for each chunk*: giving buffers back to the allocator cost a tenth of the agents' time, most of it in the kernel; they are kept now.
-";
+const REMARKS: &str = include_str!("remarks.md");
 
 /// One guest over one link: all settings, measured in turns.
 #[derive(Debug, Clone, Serialize, Deserialize)]
