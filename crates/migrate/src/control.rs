@@ -11,9 +11,10 @@ use dwcp_link::{Reader, Writer};
 use dwcp_proto::fault::Mechanism;
 use dwcp_proto::limits::MAX_CONTROL;
 use dwcp_proto::message::{Ack, Body, Ping, Purpose, Restarted, Switched};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc::error::SendError;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
+use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tracing::{debug, info};
 
 use crate::counters::Counters;
@@ -36,6 +37,8 @@ pub(crate) const STALLED: Duration = Duration::from_secs(3);
 const ACK_PAUSE: Duration = Duration::from_millis(2);
 /// The same, to a peer that refuses.
 const RETRY_REFUSED: Duration = Duration::from_secs(3);
+/// For the last words of a session to reach the peer, and for its own end to come.
+const PARTING: Duration = Duration::from_secs(2);
 /// Messages that may wait for the connection; more than a handover and a few refusals never come together.
 const QUEUE: usize = 64;
 
@@ -237,12 +240,34 @@ impl Server {
 
     /// Serves one connection until it fails; `None` once nobody needs it any more.
     async fn serve(&mut self, (mut reader, mut writer): (Reader, Writer)) -> Option<WireError> {
+        let error = self.converse(&mut reader, &mut writer).await;
+        if error.is_none() {
+            // What is lost now the peer waits for in vain; but it may be gone itself.
+            let _ = timeout(PARTING, self.part(reader, writer)).await;
+        }
+        error
+    }
+
+    /// Says what is still to be said and goodbye, and waits until the peer has heard it: a socket that is closed while something in it is
+    /// unread is reset by the kernel, and what it had sent last may be lost at the peer.
+    async fn part(&mut self, mut reader: Reader, mut writer: Writer) -> Result<(), WireError> {
+        self.messages.close();
+        while let Some(body) = self.messages.recv().await {
+            write_message(&mut writer, body).await?;
+        }
+        writer.shutdown().await?;
+        let mut unread = [0; 4096];
+        while reader.read(&mut unread).await? > 0 {}
+        Ok(())
+    }
+
+    async fn converse(&mut self, reader: &mut Reader, writer: &mut Writer) -> Option<WireError> {
         let (pongs, mut pings) = mpsc::channel::<Ping>(4);
         let gauge = reader.gauge();
         // In microseconds since the start.
         let heard = AtomicU64::new(self.elapsed_us());
         let data = self.data.as_ref();
-        let read = read_all(&mut reader, &self.events, data, pongs, self.started, &self.counters, &heard);
+        let read = read_all(reader, &self.events, data, pongs, self.started, &self.counters, &heard);
         tokio::pin!(read);
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -272,14 +297,20 @@ impl Server {
                     Body::Ping(Ping { token: self.elapsed_us() })
                 }
             };
-            let write = write_message(&mut writer, body);
+            let write = write_message(writer, body);
+            tokio::pin!(write);
             tokio::select! {
-                wrote = write => if let Err(error) = wrote {
+                wrote = &mut write => if let Err(error) = wrote {
                     // The reader may know better why.
-                    let waited = tokio::time::timeout(Duration::from_millis(100), &mut read).await;
-                    return waited.unwrap_or(Some(error));
+                    return timeout(Duration::from_millis(100), &mut read).await.unwrap_or(Some(error));
                 },
-                error = &mut read => return error,
+                error = &mut read => {
+                    if error.is_none() {
+                        // Others may follow it: never half a message.
+                        let _ = timeout(PARTING, write).await;
+                    }
+                    return error;
+                }
             }
         }
     }
@@ -307,7 +338,7 @@ async fn read_all(
 ) -> Option<WireError> {
     let mut before = None;
     loop {
-        let frame = match tokio::time::timeout(SILENCE, read_frame(reader, MAX_CONTROL)).await {
+        let frame = match timeout(SILENCE, read_frame(reader, MAX_CONTROL)).await {
             Err(_) => return Some(WireError::Timeout(SILENCE)),
             Ok(Err(error)) => return Some(error),
             Ok(Ok(frame)) => frame,

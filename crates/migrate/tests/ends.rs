@@ -116,6 +116,10 @@ async fn ends_in(phase: Phase, path: PathWish, by: By, hold: impl Fn(&Scene, &mu
     );
     scene.assert_stayed();
     scene.source.heal();
+    if phase != Phase::Preparing {
+        // Else what it still says to the VMM could go to the next one.
+        ended(&scene.b.engine, &id).await;
+    }
     scene.replace_destination();
     if let Some(waiting) = scene.b.engine.list().into_iter().find(|status| !status.phase.is_end()) {
         // The destination waits on, for a VMM that is gone.
