@@ -13,6 +13,7 @@ use crate::error::{Blame, Failure};
 use crate::handshake::Session;
 use crate::retry;
 use crate::status::{Phase, Progress, Role, Status};
+use crate::transport;
 
 /// Reasons that a status holds; a migration that changes its path more often has told enough.
 const MAX_REASONS: usize = 64;
@@ -28,6 +29,8 @@ pub(crate) struct Report {
     pub(crate) counters: Arc<Counters>,
     started: Instant,
     retry: Mutex<Retry>,
+    /// At the source: why QUIC or TCP, whether the destination can be told or not.
+    found: Mutex<Option<String>>,
 }
 
 /// Whether there is another attempt after this one.
@@ -88,6 +91,7 @@ impl Report {
             counters: Arc::default(),
             started: Instant::now(),
             retry,
+            found: Mutex::default(),
         }
     }
 
@@ -178,13 +182,26 @@ impl Report {
         };
     }
 
+    /// Why QUIC or TCP, where a leg can be either.
+    pub(crate) fn found(&self, why: &str) {
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(why.to_owned());
+    }
+
+    fn on_leg(&self, status: &mut Status, leg: &Leg) {
+        on_leg(status, leg);
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = found.as_ref().map(|found| transport::reason(&leg.choice, found));
+        let told = Some(leg.choice.transport_reason.clone()).filter(|reason| !reason.is_empty());
+        status.transport_reason = told.or(ours);
+    }
+
     /// The session was agreed on.
     pub(crate) fn session(&self, session: &Session) {
         self.stands();
         let mut reasons = self.retry().ended.clone();
         reasons.extend_from_slice(&session.leg.choice.reasons);
         self.set(|s| {
-            on_leg(s, &session.leg);
+            self.on_leg(s, &session.leg);
             s.fallback_reasons = reasons;
         });
     }
@@ -194,7 +211,7 @@ impl Report {
         let of_mode = Cause::OF_MODE.contains(&cause);
         self.set(|s| {
             let mapped = s.sink.as_deref() == Some("mapped");
-            on_leg(s, leg);
+            self.on_leg(s, leg);
             s.mode_switches += u32::from(of_mode);
             s.path_switches += u32::from(!of_mode && cause != Cause::Restarted);
             let text = match of_mode {
@@ -303,7 +320,6 @@ fn on_leg(status: &mut Status, leg: &Leg) {
     status.sink = Some(if leg.choice.mapped { "mapped" } else { through }.to_owned());
     status.encryption = Some(leg.encryption().to_owned());
     status.transport = Some(leg.transport().to_owned());
-    status.transport_reason = Some(leg.choice.transport_reason.clone()).filter(|reason| !reason.is_empty());
 }
 
 impl Retry {

@@ -77,6 +77,13 @@ pub(crate) fn possible(choice: &Choice) -> bool {
     v3 && !choice.plain
 }
 
+/// Tells the destination why, if it can hear it: an older agent drops what it does not know, and would then hold another choice than ours.
+pub(crate) fn tell(choice: &mut Choice, theirs: &Offer, found: &str) {
+    if theirs.quic {
+        choice.transport_reason = reason(choice, found);
+    }
+}
+
 /// The reason for what a leg's connections are made over, where that is found to be `found` for those that could be either.
 pub(crate) fn reason(choice: &Choice, found: &str) -> String {
     match (possible(choice), Path::from_wire(choice.path)) {
@@ -196,4 +203,27 @@ impl Dialler {
 
 fn blocked(addr: SocketAddr, error: &LinkError) -> String {
     format!("TCP instead of QUIC: UDP does not get through to {addr}, and TCP does ({error})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_older_destination_is_told_nothing_that_it_does_not_know() {
+        let before = Choice { path: 3, streams: 4, ..Choice::default() };
+        let mut choice = before.clone();
+        tell(&mut choice, &Offer::default(), "it carries more");
+        assert_eq!(choice, before);
+        tell(&mut choice, &Offer { quic: true, ..Offer::default() }, "it carries more");
+        assert_eq!(choice.transport_reason, "it carries more");
+    }
+
+    #[test]
+    fn what_cannot_be_quic_has_a_reason_of_its_own() {
+        let reason = |path, mode| super::reason(&Choice { path, mode, ..Choice::default() }, "found");
+        assert_eq!(reason(3, Mode::Internet.to_wire()), "found");
+        assert!(reason(3, Mode::Datacenter.to_wire()).contains("datacenter"));
+        assert!(reason(1, Mode::Internet.to_wire()).contains("v1"));
+    }
 }

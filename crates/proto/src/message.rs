@@ -274,7 +274,8 @@ pub struct Choice {
     /// Data connections are QUIC's; where UDP does not get through they may be TLS over TCP all the same.
     #[prost(bool, tag = "40")]
     pub quic: bool,
-    /// Why QUIC or TCP, in words.
+    /// Why QUIC or TCP, in words. Only to a destination that offers QUIC: an older one, which does not know the field, would drop it, and the
+    /// two sides would sign different choices.
     #[prost(string, tag = "41")]
     pub transport_reason: String,
 }

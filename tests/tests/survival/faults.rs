@@ -383,6 +383,8 @@ fn far_apart(test: &str) -> Result<Option<(Wan, SimScene)>> {
     let at = |end: End| AgentConfig {
         data: (end.address(), 0).into(),
         namespace: Some(wan.namespace(end)),
+        // The line is cut by the number of packets: those of a look at QUIC are not to count.
+        extra: "[link]\ntransport = \"tcp\"\n".into(),
         ..AgentConfig::default()
     };
     let guest = SimGuest { pages: 3072, hot_pages: 1000, writes_per_step: 20, ..SimGuest::default() };

@@ -147,6 +147,8 @@ fn through_agents(kit: &Kit, mut wan: Wan, path: &str, fault: Fault) -> Result<S
     let at = |end: End| AgentConfig {
         data: (end.address(), 0).into(),
         namespace: Some(wan.namespace(end)),
+        // The faults come by the number of packets: those of a look at QUIC are not to count.
+        extra: "[link]\ntransport = \"tcp\"\n".into(),
         ..AgentConfig::default()
     };
     let [from, _] = spec(&wan, false);

@@ -123,8 +123,8 @@ fn order(out: &Outgoing, leg: &Leg, change: &Change, mode: Mode, link: Mode) -> 
         true => change.reason.clone(),
         false => leg.choice.mode_reason.clone(),
     };
-    choice.transport_reason =
-        transport::reason(&choice, out.dialler.without_quic().unwrap_or(&out.transport_reason));
+    let found = out.dialler.without_quic().unwrap_or(&out.transport_reason);
+    transport::tell(&mut choice, destination, found);
     let mut switch = Switch {
         leg: leg.number + 1,
         choice: Some(choice),

@@ -170,6 +170,7 @@ async fn attempt(
     let session = Arc::new(session);
     info!(session = %session.id, path = session.leg.path.name(), mode = session.leg.mode.name(), "session stands");
     in_flight.path(session.leg.path);
+    report.found(&transport_reason);
     report.session(&session);
     report.set(|s| s.phase = Phase::Connecting);
 

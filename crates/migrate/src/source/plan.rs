@@ -200,10 +200,10 @@ pub(crate) async fn plan(
         wish.quic = true;
         choice = chosen(wish).unwrap_or(choice);
     }
-    choice.transport_reason = transport::reason(&choice, &found.reason);
+    transport::tell(&mut choice, &theirs, &found.reason);
     if transport::possible(&choice) {
         let transport = if choice.quic { "QUIC" } else { "TCP" };
-        notes.push(format!("the data goes over {transport}: {}", choice.transport_reason));
+        notes.push(format!("the data goes over {transport}: {}", found.reason));
         choice.reasons.extend(found.fallback);
     }
     let transport_reason = found.reason;

@@ -362,10 +362,8 @@ impl Run {
         let counters = self.outgoing.counters.clone();
         self.monitor.spawn(monitor(self.guest.clone(), counters, self.info_tx.clone()));
         self.report.set(|s| s.phase = Phase::Precopy);
-        let leg = self.outgoing.leg();
-        self.pilot
-            .note("precopy", format!("over {}: {}", leg.transport(), leg.choice.transport_reason))
-            .await;
+        let why = self.report.status().transport_reason.unwrap_or_default();
+        self.pilot.note("precopy", format!("over {}: {why}", self.outgoing.leg().transport())).await;
         Ok(())
     }
 
