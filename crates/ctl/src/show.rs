@@ -137,6 +137,9 @@ fn details(s: &v1::Status) {
     if let Some(reason) = s.mode_reason.as_ref().filter(|reason| !reason.is_empty()) {
         field("mode", reason.clone());
     }
+    if let Some(channels) = s.channels.filter(|channels| *channels > 1) {
+        field("from QEMU", format!("{channels} multifd channels"));
+    }
     field("time", seconds(s.total_seconds));
     if let Some(ms) = s.downtime_ms {
         field("downtime", format!("{ms:.0} ms"));

@@ -59,6 +59,7 @@ impl Report {
             mode_reason: None,
             mode_switches: 0,
             source: None,
+            channels: None,
             sink: None,
             encryption: None,
             path_switches: 0,
@@ -174,6 +175,11 @@ impl Report {
             0 if seconds > 0.0 => wire as f64 / seconds,
             rate => rate as f64,
         };
+    }
+
+    /// The VMM gives its stream over so many channels.
+    pub(crate) fn channels(&self, count: u8) {
+        self.set(|s| s.channels = Some(count));
     }
 
     /// The session was agreed on.

@@ -46,6 +46,7 @@ use crate::status::Phase;
 use crate::throttle::Throttle;
 
 pub(crate) use helm::SwitchOrder;
+pub(crate) use ingest::Inlet;
 pub(crate) use plan::{Downtime, Plan, check, failures, impossible, mode, plan, wish};
 pub(crate) use run::closing;
 
@@ -155,6 +156,7 @@ async fn attempt(
     info!(session = %session.id, path = session.leg.path.name(), mode = session.leg.mode.name(), "session stands");
     in_flight.path(session.leg.path);
     report.session(&session);
+    report.channels(spec.channels.count());
     report.set(|s| s.phase = Phase::Connecting);
 
     let counters = report.counters.clone();
@@ -210,6 +212,7 @@ async fn attempt(
     };
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
     run.vmm_limit = downtime.vmm;
+    run.channels = spec.channels;
     run.deadline = deadline;
     run.data = Some(data);
     run.fixed = match spec.path {
