@@ -11,12 +11,13 @@ use dwcp_proto::frame::Head;
 use dwcp_proto::journal::{self, Chain, Entry, Note};
 use dwcp_proto::message::{Ack, Body, Hello, Message, Offer, Ping};
 use dwcp_proto::{EncodedChunk, Lane, NodeKey, NodeName, PageVersion, Sealer, SessionId, StreamOffset};
-use dwcp_vmm::sim::StreamWriter;
+use dwcp_vmm::sim::{Scatter, StreamWriter, Style};
 
 fn main() -> io::Result<()> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
     for (target, seeds) in [
         ("stream_parse", streams()),
+        ("multifd_merge", channels()),
         ("chunk_decode", chunks()),
         ("chunk_replay", references()),
         ("frame", frames()),
@@ -29,6 +30,38 @@ fn main() -> io::Result<()> {
         println!("{}: {} seeds", folder.display(), seeds.len());
     }
     Ok(())
+}
+
+/// Migrations over two channels, in frames as the target takes them apart, behind the three bytes that say how they are read.
+fn channels() -> Vec<Vec<u8>> {
+    let mut stream = StreamWriter::new();
+    stream.header();
+    stream.configuration("pc-q35-10.0");
+    stream.ram_start([(&b"pc.ram"[..], 1 << 16), (b"pc.bios", 1 << 13)].into_iter());
+    for round in 1..3 {
+        stream.ram_part(round == 2);
+        (0..4).for_each(|index| stream.page(b"pc.ram", index, &[round * (index % 2) as u8; 4096]));
+        stream.page(b"pc.bios", 0, &[round; 4096]);
+        stream.flush_record();
+        stream.section_end();
+    }
+    stream.device("cpu", b"state");
+    stream.eof("{}");
+    let stream = stream.take();
+    let seed = |style| {
+        let scattered = Scatter::new(2, style).feed(&stream);
+        let wires = std::iter::once(&scattered.main).chain(&scattered.channels);
+        let mut seed = vec![1, 255, 128];
+        for (wire, n) in wires.zip(0..) {
+            for bytes in wire.chunks(usize::from(u16::MAX)) {
+                seed.push(n);
+                seed.extend_from_slice(&(bytes.len() as u16).to_be_bytes());
+                seed.extend_from_slice(bytes);
+            }
+        }
+        seed
+    };
+    Style::ALL.into_iter().map(seed).collect()
 }
 
 /// Streams behind the three bytes that say how they are cut.

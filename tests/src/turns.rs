@@ -39,6 +39,8 @@ pub struct Plan {
     pub cut: bool,
     /// On the wire.
     pub bandwidth: String,
+    /// From QEMU to its agent: 1, or so many with multifd.
+    pub channels: u8,
 }
 
 /// What came of it.
@@ -74,8 +76,9 @@ pub fn turn_in_flight(kit: &Kit, plan: &Plan) -> Result<Outcome> {
     scene.incoming()?.success()?;
 
     let hand = Mutex::new(Hand::default());
-    let arguments =
-        ["--mode", "internet", "--bandwidth-limit", &plan.bandwidth, "--downtime-limit", "500ms", "--id", ID];
+    let channels = plan.channels.to_string();
+    let slow = ["--mode", "internet", "--bandwidth-limit", &plan.bandwidth, "--downtime-limit", "500ms"];
+    let arguments = [&slow[..], &["--channels", &channels, "--id", ID]].concat();
     let result = std::thread::scope(|scope| {
         let turner = scope.spawn(|| turn(&scene, &relay, &flag, plan, &hand));
         let result = scene.migrate(&arguments)?.success()?.json();

@@ -14,6 +14,7 @@ fn a_live_guest_turns_to_v1_and_back_and_again() -> Result<()> {
         at: vec![6 * MIB, 20 * MIB, 26 * MIB],
         cut: false,
         bandwidth: "60Mbit".into(),
+        channels: 1,
     };
     let outcome = turn_in_flight(&kit, &plan)?;
     ensure!(outcome.late_v3_bytes == 0, "{outcome:?}");
@@ -32,6 +33,7 @@ fn a_paused_guest_turns_to_v1_while_its_link_is_cut() -> Result<()> {
         at: vec![6 * MIB],
         cut: true,
         bandwidth: "80Mbit".into(),
+        channels: 1,
     };
     let outcome = turn_in_flight(&kit, &plan)?;
     ensure!(outcome.late_v3_bytes == 0, "{outcome:?}");

@@ -93,6 +93,7 @@ fn switch(runs: u32, seed: u64) -> Result<()> {
             at: vec![first, second, third][..[1, 3][random(0, 1) as usize]].to_vec(),
             cut: n % 4 == 1,
             bandwidth: "60Mbit".into(),
+            channels: 1,
         };
         let outcome = turn_in_flight(&kit, &plan);
         let (words, good) = row(n, &plan, outcome.as_ref());

@@ -374,6 +374,8 @@ pub(crate) struct Vmm {
     pub(crate) attach: Attach,
     /// Folders in which QMP and relay sockets must lie; any absolute path where empty.
     pub(crate) paths: Vec<Absolute>,
+    /// Where the sockets lie to which QEMU connects for multifd; `sockets` in the state folder where absent.
+    pub(crate) sockets: Option<Absolute>,
 }
 
 /// Whether the agent may attach to QEMU's process.

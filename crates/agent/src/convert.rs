@@ -7,7 +7,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use dwcp_migrate::spec::{
-    DEFAULT_DOWNTIME, IncomingSpec, Leave, MAX_RETRIES, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm,
+    BadChannels, Channels, DEFAULT_DOWNTIME, IncomingSpec, Leave, MAX_RETRIES, MigrateSpec, ModeWish,
+    PathWish, SourceWish, Vmm,
 };
 use dwcp_migrate::status::{Explanation, LayerStatus, Moment, Phase, Role, Status, Story};
 use dwcp_migrate::{Blame, CheckReport, Estimate, Failure, Gate};
@@ -75,6 +76,7 @@ pub(crate) fn migrate(spec: Option<&v1::MigrateSpec>, bounds: &Bounds) -> Result
             0 => None,
             n => Some(u16::try_from(n).map_err(|_| bad("streams", "more than 65535"))?),
         },
+        channels: channels(spec.channels)?,
         source: match known::<v1::SourceWish>("source", spec.source)? {
             v1::SourceWish::Auto => SourceWish::Auto,
             v1::SourceWish::Direct => SourceWish::Direct,
@@ -136,6 +138,16 @@ fn retry(attempts: u32) -> Result<u32, Failure> {
     match attempts {
         0..=MAX_RETRIES => Ok(attempts),
         _ => Err(bad("retry", format!("more than {MAX_RETRIES}"))),
+    }
+}
+
+fn channels(count: u32) -> Result<Channels, Failure> {
+    match count {
+        0 => Ok(Channels::ONE),
+        n => {
+            let channels = u8::try_from(n).ok().and_then(|n| Channels::try_from(n).ok());
+            channels.ok_or_else(|| bad("channels", format!("{n} is not {BadChannels}")))
+        }
     }
 }
 
@@ -338,6 +350,7 @@ pub(crate) fn status(s: Status) -> v1::Status {
         mode_reason: s.mode_reason,
         mode_switches: s.mode_switches,
         source: s.source,
+        channels: s.channels.map(u32::from),
         sink: s.sink,
         encryption: s.encryption,
         transport: s.transport,
@@ -409,6 +422,7 @@ mod tests {
         let spec = migrate(Some(&spec()), &bounds(None)).unwrap();
         assert_eq!(spec.downtime_limit, DEFAULT_DOWNTIME);
         assert_eq!((spec.bandwidth_limit, spec.streams, spec.deadline, spec.id), (None, None, None, None));
+        assert_eq!(spec.channels, Channels::ONE);
     }
 
     #[test]
@@ -433,6 +447,8 @@ mod tests {
             (v1::MigrateSpec { vmm: None, ..spec() }, "bad_request", "vmm: "),
             (v1::MigrateSpec { to_address: "hv-02:1".to_owned(), ..spec() }, "bad_request", "to_address: "),
             (v1::MigrateSpec { streams: 65_536, ..spec() }, "bad_request", "streams: "),
+            (v1::MigrateSpec { channels: 17, ..spec() }, "bad_request", "channels: 17 is not 1, or 2 to 16"),
+            (v1::MigrateSpec { channels: 258, ..spec() }, "bad_request", "channels: 258"),
             (v1::MigrateSpec { id: "-".to_owned(), ..spec() }, "bad_request", "id: "),
             (v1::MigrateSpec { path: 9, ..spec() }, "unsupported", "path has the value 9"),
             (v1::MigrateSpec { memory_file: "/ram".to_owned(), ..spec() }, "unsupported", "memory_file"),

@@ -130,6 +130,11 @@ async fn life(config: Config) -> Result<(), Failure> {
         congestion: config.link.congestion,
         transport: config.link.transport,
         gate: flag.gate(),
+        sockets: config
+            .vmm
+            .sockets
+            .as_ref()
+            .map_or_else(|| state.path().join("sockets"), |path| path.0.clone()),
         attach: config.vmm.attach == Attach::Ptrace,
         listen: config.listen.data,
     });

@@ -201,6 +201,9 @@ pub(crate) struct MigrateArgs {
     /// Where the guest's pages are read.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) source: Source,
+    /// Over how many connections QEMU gives its memory to the agent: 1, or 2 to 16 for its multifd.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) channels: u32,
     /// Compare all RAM at both ends while both guests are paused (adds to the downtime).
     #[arg(long)]
     pub(crate) verify_ram: bool,
@@ -236,6 +239,7 @@ impl MigrateArgs {
     pub(crate) fn spec(&self) -> v1::MigrateSpec {
         v1::MigrateSpec {
             source: v1::SourceWish::from(self.source).into(),
+            channels: self.channels,
             verify_ram: self.verify_ram,
             on_success: v1::Leave::from(self.on_success).into(),
             on_abort: v1::Leave::from(self.on_abort).into(),
@@ -527,6 +531,7 @@ mod tests {
             (300, 0, 0, 0)
         );
         assert_eq!((spec.path, spec.mode, spec.source, spec.on_success, spec.on_abort), (0, 0, 0, 0, 0));
+        assert_eq!(spec.channels, 1);
         assert!(
             spec.id.is_empty() && spec.memory_file.is_empty() && !spec.verify_ram && !spec.shared_storage
         );
@@ -536,7 +541,7 @@ mod tests {
     fn every_flag_reaches_the_request() {
         let spec = spec(
             "dwcpctl --agent unix:/tmp/a.sock migrate web-1 --relay /run/m.sock --to hv-02=[::1]:7400 --path v3 \
-             --mode datacenter --downtime-limit 1.5s --bandwidth-limit 200Mbit --streams 4 --source direct --verify-ram \
+             --mode datacenter --downtime-limit 1.5s --bandwidth-limit 200Mbit --streams 4 --channels 2 --source direct --verify-ram \
              --shared-storage --on-success quit --on-abort quit --deadline 5min --id m-1 --memory-file /dev/shm/ram --json",
         );
         assert_eq!(spec.vmm.clone().unwrap().kind, Some(v1::vmm::Kind::RelayPath("/run/m.sock".to_owned())));
@@ -548,6 +553,7 @@ mod tests {
             (spec.downtime_limit_ms, spec.bandwidth_limit_bytes, spec.streams, spec.deadline_ms),
             (1500, 25_000_000, 4, 300_000)
         );
+        assert_eq!(spec.channels, 2);
         assert_eq!((spec.on_success(), spec.on_abort()), (v1::Leave::Quit, v1::Leave::Quit));
         assert!(spec.verify_ram && spec.shared_storage);
         assert_eq!((spec.id.as_str(), spec.memory_file.as_str()), ("m-1", "/dev/shm/ram"));
@@ -583,6 +589,7 @@ mod tests {
             (format!("{GOOD} --downtime-limit 0ms"), "at least 1ms"),
             (format!("{GOOD} --bandwidth-limit 200"), "such as 200Mbit"),
             (format!("{GOOD} --streams 0"), "0 is not in 1.."),
+            (format!("{GOOD} --channels 17"), "17 is not in 1..=16"),
             (format!("{GOOD} --path v2"), "possible values: auto, v1, v3"),
             ("dwcpctl --agent /run/x.sock list".to_owned(), "expected unix:"),
             ("dwcpctl incoming web-1 --qmp /q".to_owned(), "--from"),

@@ -141,6 +141,9 @@ fn details(s: &v1::Status) {
         let why = s.transport_reason.iter().map(|why| format!(": {why}")).collect::<String>();
         field("transport", format!("{transport}{why}"));
     }
+    if let Some(channels) = s.channels.filter(|channels| *channels > 1) {
+        field("from QEMU", format!("{channels} multifd channels"));
+    }
     field("time", seconds(s.total_seconds));
     if let Some(ms) = s.downtime_ms {
         field("downtime", format!("{ms:.0} ms"));

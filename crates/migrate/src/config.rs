@@ -193,6 +193,8 @@ pub struct EngineConfig {
     pub transport: Transport,
     /// The flag's verdict, kept up to date.
     pub gate: watch::Receiver<Gate>,
+    /// Where the sockets lie to which VMMs with multifd connect; made when it is needed. A VMM of another user has to be able to enter it.
+    pub sockets: PathBuf,
     /// Whether this agent may attach to the VMMs' processes: then precopy outlives the destination's agent.
     pub attach: bool,
     /// Where the data listener binds; port 0 takes a free one.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use dwcp_proto::handover::VmmState;
@@ -16,9 +16,12 @@ use tokio::time::{sleep, timeout};
 
 use crate::error::{Blame, Failure};
 use crate::process::Running;
+use crate::source::Inlet;
 
 /// How long a VMM whose QMP connection ended may take to end itself.
 const DYING: Duration = Duration::from_secs(5);
+/// How long a VMM may take to hear that its migration is cancelled; one that writes the last of its stream hears nothing.
+const CANCEL_HEARD: Duration = Duration::from_millis(500);
 /// How long a cancelled migration may take to end.
 const CANCELLING: Duration = Duration::from_secs(10);
 /// Between two looks at a state that QMP announces with no event.
@@ -39,6 +42,8 @@ struct State {
     process: Option<Running>,
     /// The process has ended.
     ended: bool,
+    /// With multifd: what its migration writes to.
+    inlet: Weak<Inlet>,
 }
 
 impl Guest {
@@ -53,7 +58,8 @@ impl Guest {
     pub(crate) fn at(path: &Path, known: Option<&Process>) -> Self {
         let process = known.and_then(Running::find);
         let ended = known.is_some() && process.is_none();
-        Guest { path: path.to_owned(), state: Mutex::new(State { qemu: None, process, ended }) }
+        let state = State { process, ended, ..State::default() };
+        Guest { path: path.to_owned(), state: Mutex::new(state) }
     }
 
     /// The QMP socket.
@@ -170,10 +176,27 @@ impl Guest {
         self.reach().await.ok()?.migration().await.ok()?.error
     }
 
+    /// Notes what the outgoing migration writes to.
+    pub(crate) fn writes_to(&self, inlet: &Arc<Inlet>) {
+        self.state().inlet = Arc::downgrade(inlet);
+    }
+
     /// Cancels the outgoing migration and waits for its end.
     pub(crate) async fn cancel(&self) -> Result<Option<VmmState>, QmpError> {
         let Ok(qemu) = self.reach().await else { return Ok(self.at_source().await) };
-        match qemu.cancel().await {
+        let asked = qemu.cancel();
+        tokio::pin!(asked);
+        let heard = timeout(CANCEL_HEARD, &mut asked).await;
+        // QEMU closes its main channel when it cancels. A thread that waits for room on another channel it would wait for.
+        let inlet = self.state().inlet.upgrade();
+        if let Some(inlet) = inlet {
+            inlet.shut();
+        }
+        let asked = match heard {
+            Ok(asked) => asked,
+            Err(_) => asked.await,
+        };
+        match asked {
             Err(error) if error.is_refusal() => return Err(error),
             _ => {}
         }
@@ -244,7 +267,24 @@ pub(crate) fn open_failure(error: OpenError) -> Failure {
             Failure::new("socket", Blame::Local, text, "check the agent's limit of open files")
         }
         OpenError::Qmp(error) => qmp_failure(error),
+        OpenError::Socket(error) => socket_failure(error),
+        OpenError::Connections { .. } => Failure::new(
+            "multifd_unreachable",
+            Blame::Vmm,
+            format!("QEMU did not connect: {error}"),
+            "multifd needs a path that QEMU's user and sandbox can enter: set [vmm] sockets to such a folder, or leave --channels out",
+        ),
+        OpenError::Roles(_) => Failure::new("multifd", Blame::Vmm, error.to_string(), "leave --channels out"),
     }
+}
+
+/// A socket of ours that cannot be listened on, as an operator meets it.
+pub(crate) fn socket_failure(error: SocketError) -> Failure {
+    let text = match std::error::Error::source(&error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    };
+    Failure::new("socket", Blame::Local, text, "set [vmm] sockets to a folder that the agent may write to")
 }
 
 /// A QMP error as an operator meets it.

@@ -62,6 +62,7 @@ impl Report {
             mode_reason: None,
             mode_switches: 0,
             source: None,
+            channels: None,
             sink: None,
             encryption: None,
             transport: None,
@@ -193,6 +194,11 @@ impl Report {
         let ours = found.as_ref().map(|found| transport::reason(&leg.choice, found));
         let told = Some(leg.choice.transport_reason.clone()).filter(|reason| !reason.is_empty());
         status.transport_reason = told.or(ours);
+    }
+
+    /// The VMM gives its stream over so many channels.
+    pub(crate) fn channels(&self, count: u8) {
+        self.set(|s| s.channels = Some(count));
     }
 
     /// The session was agreed on.

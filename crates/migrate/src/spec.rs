@@ -68,6 +68,56 @@ pub enum SourceWish {
     Stream,
 }
 
+/// Over how many connections QEMU gives its stream to the agent at the source: 1, or 2 to 16 with multifd, beside its main channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u8", into = "u8")]
+pub struct Channels(u8);
+
+impl Channels {
+    /// The main channel alone.
+    pub const ONE: Channels = Channels(1);
+
+    /// The number.
+    pub fn count(self) -> u8 {
+        self.0
+    }
+
+    /// Whether multifd is used.
+    pub fn is_multifd(self) -> bool {
+        self.0 > 1
+    }
+}
+
+impl Default for Channels {
+    fn default() -> Self {
+        Channels::ONE
+    }
+}
+
+impl TryFrom<u8> for Channels {
+    type Error = BadChannels;
+
+    fn try_from(count: u8) -> Result<Self, BadChannels> {
+        match count {
+            1..=MAX_CHANNELS => Ok(Channels(count)),
+            _ => Err(BadChannels),
+        }
+    }
+}
+
+impl From<Channels> for u8 {
+    fn from(channels: Channels) -> u8 {
+        channels.0
+    }
+}
+
+const MAX_CHANNELS: u8 = dwcp_vmm::multifd::MAX_CHANNELS as u8;
+
+/// A number of channels that is not possible.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("1, or 2 to {MAX_CHANNELS} for QEMU's multifd")]
+pub struct BadChannels;
+
 /// Prepares this node to receive a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IncomingSpec {
@@ -107,6 +157,9 @@ pub struct MigrateSpec {
     pub bandwidth_limit: Option<u64>,
     /// Number of data connections; `None` lets the agent choose.
     pub streams: Option<u16>,
+    /// How QEMU gives its stream to the agent.
+    #[serde(default)]
+    pub channels: Channels,
     /// Where pages are read.
     pub source: SourceWish,
     /// Compare all RAM at both ends while both guests are paused; adds to the downtime.

@@ -101,6 +101,9 @@ pub struct Status {
     pub mode_switches: u32,
     /// Where pages are read: `stream`, `opaque`.
     pub source: Option<String>,
+    /// Connections over which the VMM gives its stream: 1, or with multifd so many beside its main channel. Absent at the destination.
+    #[serde(default)]
+    pub channels: Option<u8>,
     /// Where pages are written: `stream`, `opaque`.
     pub sink: Option<String>,
     /// `tls` or `none`: how the data connections are protected.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dwcp_link::Peers;
-use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
+use dwcp_migrate::spec::{Channels, IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::{Explanation, Phase, Role, Status};
 use dwcp_migrate::{Congestion, Engine, EngineConfig, FlagReason, Gate, Hde, Limits, Policy};
 use dwcp_proto::handover::Resolution;
@@ -69,6 +69,7 @@ impl Agent {
             congestion: Congestion::default(),
             transport: dwcp_migrate::Transport::default(),
             gate: self.gate.subscribe(),
+            sockets: self.state.join("sockets"),
             attach: false,
             listen: self.listen,
         };
@@ -159,6 +160,7 @@ impl Scene {
             downtime_limit: Duration::from_millis(500),
             bandwidth_limit: bandwidth,
             streams: None,
+            channels: Channels::ONE,
             source: SourceWish::Auto,
             verify_ram: false,
             shared_storage: false,

@@ -8,7 +8,7 @@ mod scene;
 use std::time::Duration;
 
 use dwcp_migrate::Policy;
-use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, Vmm};
+use dwcp_migrate::spec::{Channels, IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, Vmm};
 use dwcp_migrate::status::Phase;
 use dwcp_proto::{MigrationId, NodeName, VmName};
 use dwcp_vmm::sim::Fault;
@@ -39,6 +39,38 @@ async fn a_guest_moves_over_v1_inside_tls_and_plain() {
         assert_eq!((status.path.as_deref(), status.encryption.as_deref()), (Some("v1"), Some(encryption)));
         scene.assert_moved();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_moves_from_several_channels() {
+    for (path, count) in [(PathWish::V3, 2), (PathWish::V3, 16), (PathWish::V1, 4)] {
+        let scene = Scene::new(true, true, Policy::default()).await;
+        scene.awaited().await;
+        let channels = Channels::try_from(count).unwrap();
+        let status = scene.migrate(MigrateSpec { path, channels, ..scene.spec() }).await.unwrap();
+        assert_eq!((status.phase, status.error), (Phase::Completed, None), "{count} channels");
+        assert_eq!(status.channels, Some(count));
+        assert!(status.rounds > 1 && status.rounds < 40, "{} rounds", status.rounds);
+        scene.assert_moved();
+        let left = std::fs::read_dir(scene.a.dir.path().join("sockets")).unwrap().count();
+        assert_eq!(left, 0, "sockets left behind");
+    }
+}
+
+/// The folder for the sockets cannot be used: the guest stays, and goes from one channel.
+#[tokio::test(flavor = "multi_thread")]
+async fn channels_without_a_socket_are_refused_with_what_to_do() {
+    let scene = Scene::with(true, true, Policy::default(), |config| {
+        config.sockets = "/dev/null/sockets".into();
+    })
+    .await;
+    scene.awaited().await;
+    let channels = Channels::try_from(2).unwrap();
+    let status = scene.migrate(MigrateSpec { channels, ..scene.spec() }).await.unwrap();
+    let failure = status.error.unwrap();
+    assert_eq!((status.phase, failure.code.as_str()), (Phase::Aborted, "socket"), "{failure}");
+    assert!(failure.hint.contains("[vmm] sockets"), "{failure}");
+    scene.assert_stayed();
 }
 
 /// The last byte has been acknowledged long before the stream's end is seen.

@@ -18,7 +18,8 @@
 //! 2. [`preflight::source`], [`preflight::destination`], and [`preflight::compare`] over both sides'
 //!    [`describe::VmDescription`]s.
 //! 3. The destination stops its VMM and opens a connection into it ([`socket::open_incoming`]).
-//! 4. The source opens one out of its VMM ([`socket::open_outgoing`]), which thereby begins to migrate.
+//! 4. The source opens one out of its VMM ([`socket::open_outgoing`]), which thereby begins to migrate; or several
+//!    ([`socket::open_channels`]), which [`multifd::Merger`] makes one stream of.
 //! 5. [`stream::Cutter`] makes [`Segment`](dwcp_proto::Segment)s of what the source VMM writes; their bytes, in order,
 //!    are what the destination VMM reads.
 //!
@@ -27,6 +28,7 @@
 pub mod describe;
 pub mod kept;
 pub mod mapped;
+pub mod multifd;
 pub mod preflight;
 pub mod qmp;
 pub mod sim;

@@ -2,16 +2,21 @@
 //!
 //! A migration's own socket has no name in the file system: [`open_outgoing`] and [`open_incoming`] make a pair of sockets
 //! and hand one of it to the VMM over QMP. So it does not matter as which user the VMM runs, and nobody else can come to the
-//! guest's memory. Only several connections (multifd) need a path: [`MigrationListener`].
+//! guest's memory. Only several connections (multifd) need a path: [`MigrationListener`], [`open_channels`].
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::net::{RecvFlags, recv};
+use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::time::{sleep, timeout};
+use tracing::warn;
 
-use crate::qmp::{Qemu, QmpError};
+use crate::qmp::{MigrationStatus, Qemu, QmpError};
 
 /// Bytes of a unix socket's path: what the kernel's `sun_path` holds, less its final zero.
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -84,6 +89,38 @@ pub enum OpenError {
     /// The VMM did not take its end, or does not migrate.
     #[error(transparent)]
     Qmp(#[from] QmpError),
+    /// The VMM did not make all the connections that its migration needs.
+    #[error("{have} of {wanted} connections came to {}{}", .path.display(), words(.reason.as_deref(), *.strangers))]
+    Connections {
+        /// Where they were awaited.
+        path: PathBuf,
+        /// How many came.
+        have: usize,
+        /// How many were awaited: the main channel's and those of multifd.
+        wanted: usize,
+        /// How many more came from other processes, and were closed.
+        strangers: usize,
+        /// What the VMM says of it.
+        reason: Option<String>,
+    },
+    /// A connection broke before anything came over it, or none of them is the main channel, or more than one.
+    #[error("the VMM's connections are not one main channel and multifd channels")]
+    Roles(#[source] Option<io::Error>),
+    /// The socket failed.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+}
+
+/// The ending of a sentence.
+fn words(reason: Option<&str>, strangers: usize) -> String {
+    let strangers = match strangers {
+        0 => String::new(),
+        n => format!(", and {n} of processes other than the VMM, which were closed"),
+    };
+    match reason {
+        Some(reason) => format!("{strangers}: {reason}"),
+        None => strangers,
+    }
 }
 
 /// The name under which a VMM holds its end until its migration begins.
@@ -96,6 +133,96 @@ pub async fn open_outgoing(qemu: &Qemu) -> Result<UnixStream, OpenError> {
     let begun = qemu.migrate(&format!("fd:{NAME}")).await;
     used(qemu, begun).await?;
     Ok(ours)
+}
+
+/// The connections of a migration with multifd.
+#[derive(Debug)]
+pub struct Channels {
+    /// The main channel.
+    pub main: UnixStream,
+    /// The multifd channels, in the order in which they came.
+    pub multifd: Vec<UnixStream>,
+}
+
+/// For all connections of one VMM on the same node, and their first bytes: each takes a millisecond.
+const CONNECTING: Duration = Duration::from_secs(10);
+/// Between two looks whether the VMM has given up.
+const GIVEN_UP: Duration = Duration::from_millis(100);
+
+/// Lets a VMM migrate to `listener`, over its main channel and so many multifd channels, for which it has been set up. It goes on in
+/// the background; where this fails it is called off.
+///
+/// # Errors
+/// Within ten seconds not all connections have come: the VMM cannot reach the path, or has another number of channels. Connections of
+/// other processes than the one that serves QMP do not count.
+pub async fn open_channels(
+    qemu: &Qemu,
+    listener: &MigrationListener,
+    channels: usize,
+) -> Result<Channels, OpenError> {
+    qemu.migrate(&listener.uri()).await?;
+    let opened = accept_channels(qemu, listener, channels).await;
+    if opened.is_err() {
+        // What it did connect is closed with this, so it gives up at any rate.
+        let _ = qemu.cancel().await;
+    }
+    opened
+}
+
+async fn accept_channels(
+    qemu: &Qemu,
+    listener: &MigrationListener,
+    channels: usize,
+) -> Result<Channels, OpenError> {
+    let wanted = channels + 1;
+    let mut accepted = Vec::with_capacity(wanted);
+    let mut strangers = 0;
+    let mut reason = None;
+    let accept = async {
+        while accepted.len() < wanted {
+            let stream = tokio::select! {
+                stream = listener.accept() => stream?,
+                () = sleep(GIVEN_UP) => {
+                    let info = qemu.migration().await?;
+                    if matches!(info.status, Some(MigrationStatus::Failed | MigrationStatus::Cancelled)) {
+                        reason = info.error;
+                        return Ok(false);
+                    }
+                    continue;
+                }
+            };
+            let pid = stream.peer_cred().ok().and_then(|credentials| credentials.pid());
+            if qemu.qmp().pid().is_some_and(|vmm| pid != Some(vmm)) {
+                warn!(?pid, "a connection of another process than the VMM was closed");
+                strangers += 1;
+                continue;
+            }
+            accepted.push(stream);
+        }
+        Ok::<bool, OpenError>(true)
+    };
+    let all = timeout(CONNECTING, accept).await.unwrap_or(Ok(false))?;
+    if !all {
+        let (path, have) = (listener.path().to_owned(), accepted.len());
+        return Err(OpenError::Connections { path, have, wanted, strangers, reason });
+    }
+    timeout(CONNECTING, roles(accepted)).await.unwrap_or(Err(OpenError::Roles(None)))
+}
+
+/// Tells the main channel from the others by its first bytes, which stay where they are.
+async fn roles(accepted: Vec<UnixStream>) -> Result<Channels, OpenError> {
+    let (mut main, mut multifd) = (None, Vec::with_capacity(accepted.len()));
+    for stream in accepted {
+        let mut magic = [0; 4];
+        let look = || Ok(recv(&stream, &mut magic[..], RecvFlags::PEEK).map(|(len, _)| len)?);
+        let len = stream.async_io(Interest::READABLE, look).await.map_err(|e| OpenError::Roles(Some(e)))?;
+        match (len, &magic) {
+            (4, b"QEVM") if main.is_none() => main = Some(stream),
+            (4, [0x11, 0x22, 0x33, 0x44]) => multifd.push(stream),
+            _ => return Err(OpenError::Roles(None)),
+        }
+    }
+    main.map(|main| Channels { main, multifd }).ok_or(OpenError::Roles(None))
 }
 
 /// Lets a VMM that waits in `-incoming defer` read from a new connection, whose other end is returned. Say `stop` first, or
@@ -154,8 +281,8 @@ pub async fn connect(path: &Path) -> Result<UnixStream, SocketError> {
 
 /// A listening socket for one migration, to which the source VMM connects as often as it likes. The file goes away with it.
 ///
-/// It lies in a folder that only this user may enter, so that no other user reaches the guest's memory. A VMM that
-/// runs as another user needs the listener's owner or group changed by the caller.
+/// No other user reaches the guest's memory: the folder is one that only this user may enter, or the socket has a name that nobody knows
+/// but the VMM.
 #[derive(Debug)]
 pub struct MigrationListener {
     listener: UnixListener,
@@ -166,19 +293,31 @@ impl MigrationListener {
     /// Listens on `folder/name`. Makes the folder, with mode 0700, if it is not there; a folder that is there gets
     /// that mode. A socket left over by an earlier process is replaced, any other file is refused.
     pub fn bind(folder: &Path, name: &str) -> Result<Self, SocketError> {
+        Self::with_modes(folder, name, 0o700, 0o600)
+    }
+
+    /// The same for a VMM of any user, which may be able to enter the folder (mode 0711) and not to list it. The name is the key: the caller makes it
+    /// of at least 16 random bytes, and looks at who connects.
+    pub fn bind_secret(folder: &Path, name: &str) -> Result<Self, SocketError> {
+        Self::with_modes(folder, name, 0o711, 0o666)
+    }
+
+    fn with_modes(folder: &Path, name: &str, of_folder: u32, of_socket: u32) -> Result<Self, SocketError> {
         let path = folder.join(name);
         check_path(&path)?;
         let failed = |source| SocketError::new(&path, source);
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
-        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
+        std::fs::DirBuilder::new().recursive(true).mode(of_folder).create(folder).map_err(failed)?;
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(of_folder)).map_err(failed)?;
         match std::fs::symlink_metadata(&path) {
             Ok(meta) if meta.file_type().is_socket() => std::fs::remove_file(&path).map_err(failed)?,
             Ok(_) => return Err(SocketError::NotASocket { path }),
             Err(source) if source.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(failed(source)),
         }
-        let listener = UnixListener::bind(&path).map_err(failed)?;
-        Ok(MigrationListener { listener, path })
+        let listener = MigrationListener { listener: UnixListener::bind(&path).map_err(failed)?, path };
+        std::fs::set_permissions(&listener.path, std::fs::Permissions::from_mode(of_socket))
+            .map_err(|source| SocketError::new(&listener.path, source))?;
+        Ok(listener)
     }
 
     /// Where it listens.

@@ -17,7 +17,7 @@ use dwcp_vmm::preflight::{self, Finding};
 use dwcp_vmm::qmp::{
     Event, EventKind, Events, MigrationStatus, Parameters, Qemu, QmpConfig, QmpError, RunState,
 };
-use dwcp_vmm::socket::{MigrationListener, OpenError, open_incoming, open_outgoing};
+use dwcp_vmm::socket::{MigrationListener, OpenError, open_channels, open_incoming, open_outgoing};
 use dwcp_vmm::stream::{Cutter, OpaqueReason, Piece, content, pieces, serialise};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -181,6 +181,43 @@ async fn qemus_of_another_user_migrate_through_sockets_that_they_are_given() {
         timeout(LIMIT, tokio::io::copy(&mut from, &mut to)).await.unwrap().unwrap();
         b.is_in(RunState::Running).await;
         a.is_in(RunState::PostMigrate).await;
+    }
+}
+
+/// Multifd needs a path. One that only its name guards will do for any user; that one cannot be used is told, with QEMU's own words.
+#[tokio::test]
+async fn qemus_of_another_user_bring_channels_to_a_secret_path() {
+    let name = "qemus_of_another_user_bring_channels_to_a_secret_path";
+    let Some(kit) = Kit::or_skip(name) else { return };
+    if !rustix::process::geteuid().is_root() {
+        return dwcp_tests::skip(name, "only root may start a process of another user");
+    }
+    for version in QemuVersion::ALL {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+        std::fs::create_dir(&theirs).unwrap();
+        std::os::unix::fs::chown(&theirs, Some(65534), Some(65534)).unwrap();
+        let a = Vm::start_as_nobody(&kit, version, &theirs, "a", &[]).await;
+        assert_eq!(a.qemu.set_capabilities(&[("multifd", true)]).await.unwrap(), [""; 0]);
+        let three = Parameters { multifd_channels: Some(3), ..Parameters::default() };
+        assert_eq!(a.qemu.set_parameters(&three).await.unwrap(), [""; 0]);
+
+        let listener = MigrationListener::bind(&ours, "private").unwrap();
+        let error = open_channels(&a.qemu, &listener, 3).await.unwrap_err();
+        assert!(
+            matches!(&error, OpenError::Connections { have: 0, wanted: 4, reason: Some(_), .. })
+                || matches!(&error, OpenError::Qmp(refused) if refused.is_refusal()),
+            "{error}"
+        );
+        assert!(error.to_string().contains("Permission denied"), "{error}");
+        drop(listener);
+        let listener = MigrationListener::bind_secret(&ours, "secret").unwrap();
+        let channels = open_channels(&a.qemu, &listener, 3).await.unwrap();
+        assert_eq!(channels.multifd.len(), 3);
+        let path = listener.path().to_owned();
+        drop((listener, channels));
+        assert!(!path.exists());
+        a.is_in(RunState::Running).await;
     }
 }
 

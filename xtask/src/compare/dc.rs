@@ -83,6 +83,8 @@ enum Contender {
     V3 { tls: bool, mapped: bool, streams: u32 },
     /// The agents, by path v3 in internet mode: for what memory it takes.
     Internet { mapped: bool },
+    /// The agents, by path v3 in datacenter mode without TLS, into mapped RAM over one stream, from QEMU's multifd.
+    Channels { channels: u8 },
 }
 
 impl Contender {
@@ -93,6 +95,7 @@ impl Contender {
                 all.extend([1, 2, 4].map(|streams| Contender::V3 { tls, mapped, streams }));
             }
         }
+        all.extend([2, 4].map(|channels| Contender::Channels { channels }));
         all
     }
 
@@ -109,6 +112,9 @@ impl Contender {
             }
             Contender::Internet { mapped } => {
                 format!("v3, internet mode, {}", if mapped { "mapped sink" } else { "cache" })
+            }
+            Contender::Channels { channels } => {
+                format!("v3, plain, mapped sink, 1 stream, {channels} channels")
             }
         }
     }
@@ -242,6 +248,14 @@ impl Bench {
                 let sink = if mapped { "mapped" } else { "stream" };
                 let expected = json!({ "path": "v3", "mode": "internet", "sink": sink });
                 stage.by_agents(pair(true, mapped)?, destination, &arguments, |result| is(result, &expected))
+            }
+            Contender::Channels { channels } => {
+                let count = channels.to_string();
+                let arguments =
+                    ["--path", "v3", "--mode", "datacenter", "--streams", "1", "--channels", count.as_str()];
+                let expected =
+                    json!({ "path": "v3", "encryption": "none", "sink": "mapped", "channels": channels });
+                stage.by_agents(pair(false, true)?, destination, &arguments, |result| is(result, &expected))
             }
         };
         let running = state == GuestState::Idle;

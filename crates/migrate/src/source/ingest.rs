@@ -1,18 +1,24 @@
 //! Reading the VMM's migration stream and cutting it into segments.
 
+use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_proto::{Record, Segment};
+use dwcp_vmm::multifd::{MIN_ROOM, MergeError, Merged, Merger, Source};
+use dwcp_vmm::socket::Channels;
 use dwcp_vmm::stream::{Cutter, OpaqueReason};
+use rustix::net::{Shutdown, shutdown};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::warn;
 
 use crate::counters::Counters;
+use crate::error::{Blame, Failure};
 use crate::report::Report;
 
 /// Bytes of guest pages in one chunk. Larger chunks cost less each; what lies in the pipeline when the guest stops adds to its
@@ -26,9 +32,69 @@ pub(crate) const QUEUE: usize = 1;
 /// than we are does not get its chunks chopped, short against any downtime.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Reads `stream` to its end. Back-pressure is by `segments` being full: then nothing more is read, and the VMM waits.
+/// Where the VMM writes its stream to.
+#[derive(Debug)]
+pub(crate) enum Inlet {
+    /// Its main channel.
+    Main(UnixStream),
+    /// With multifd.
+    Channels(Channels),
+}
+
+impl Inlet {
+    /// Ends the channels of multifd, whoever reads them: nobody wants the rest.
+    pub(crate) fn shut(&self) {
+        let Inlet::Channels(channels) = self else { return };
+        for stream in channels.multifd.iter().chain([&channels.main]) {
+            // It is over already, otherwise.
+            let _ = shutdown(stream, Shutdown::Both);
+        }
+    }
+}
+
+/// Why the VMM's stream was not read to its end.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum IngestError {
+    /// A connection failed, or the migration has ended.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// Its channels cannot be put together.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+}
+
+impl IngestError {
+    /// What the operator has to know of it. What becomes of a connection the VMM tells better.
+    pub(crate) fn failure(self) -> Option<Failure> {
+        match self {
+            IngestError::Io(_) => None,
+            IngestError::Merge(error) => {
+                let hint = "leave --channels out: QEMU's main channel alone carries any VM";
+                Some(Failure::new("multifd", Blame::Vmm, error.to_string(), hint))
+            }
+        }
+    }
+}
+
+/// Reads `inlet` to its end; returns the stream's length. Back-pressure is by `segments` being full: then nothing more is read, and the VMM waits.
 pub(crate) async fn ingest(
-    stream: Arc<UnixStream>,
+    inlet: Arc<Inlet>,
+    segments: mpsc::Sender<Segment>,
+    report: Arc<Report>,
+) -> Result<u64, IngestError> {
+    match &*inlet {
+        Inlet::Main(stream) => Ok(ingest_main(stream, segments, report).await?),
+        Inlet::Channels(channels) => {
+            let outcome = ingest_channels(channels, segments, report).await;
+            // Nothing more is read: a VMM that gave up must not wait for one of its threads that waits for room.
+            inlet.shut();
+            outcome
+        }
+    }
+}
+
+async fn ingest_main(
+    stream: &UnixStream,
     segments: mpsc::Sender<Segment>,
     report: Arc<Report>,
 ) -> io::Result<u64> {
@@ -55,6 +121,75 @@ pub(crate) async fn ingest(
             Err(error) => return Err(error),
         }
         forward(&mut cutter, &segments, &counters).await?;
+    }
+    let length = cutter.offset().0;
+    cutter.finish();
+    forward(&mut cutter, &segments, &counters).await?;
+    Ok(length)
+}
+
+/// The same with multifd: what is cut is the one stream that the channels make. Pages are read to where they are sent from.
+async fn ingest_channels(
+    channels: &Channels,
+    segments: mpsc::Sender<Segment>,
+    report: Arc<Report>,
+) -> Result<u64, IngestError> {
+    let counters = report.counters.clone();
+    let mut cutter = Cutter::merged(CHUNK);
+    let mut merger = Merger::new(channels.multifd.len());
+    let all: Vec<(Source, &UnixStream)> = std::iter::once((Source::Main, &channels.main))
+        .chain(channels.multifd.iter().enumerate().map(|(n, stream)| (Source::Channel(n), stream)))
+        .collect();
+    'stream: loop {
+        // What is whole goes on before more is read.
+        loop {
+            if cutter.buffer().len() < MIN_ROOM {
+                cutter.flush();
+            }
+            let merged = merger.merge(cutter.buffer())?;
+            cutter.filled(merged.len);
+            if merged.synchronised {
+                cutter.synchronised();
+            }
+            forward(&mut cutter, &segments, &counters).await?;
+            if merged == Merged::default() {
+                break;
+            }
+        }
+        let mut some = false;
+        for &(source, stream) in &all {
+            if !merger.wants(source) {
+                continue;
+            }
+            match merger.fill(source, cutter.buffer(), |places| stream.try_read_vectored(places)) {
+                Ok(filled) if filled.read > 0 => {
+                    cutter.filled(filled.len);
+                    some = true;
+                }
+                Ok(_) if merger.ended(source) && source != Source::Main => some = true,
+                Ok(_) => {
+                    if source != Source::Main {
+                        warn!(?source, "a multifd channel ended before the stream");
+                    }
+                    break 'stream;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if !some {
+            let wanted = || all.iter().filter(|(source, _)| merger.wants(*source));
+            let readable = poll_fn(|context| {
+                let ready = wanted().map(|(_, stream)| stream.poll_read_ready(context));
+                ready.filter(Poll::is_ready).last().unwrap_or(Poll::Pending)
+            });
+            tokio::pin!(readable);
+            if timeout(PAUSE, &mut readable).await.is_err() {
+                cutter.flush();
+                forward(&mut cutter, &segments, &counters).await?;
+                readable.await?;
+            }
+        }
     }
     let length = cutter.offset().0;
     cutter.finish();

@@ -46,6 +46,7 @@ use crate::status::Phase;
 use crate::throttle::Throttle;
 
 pub(crate) use helm::SwitchOrder;
+pub(crate) use ingest::Inlet;
 pub(crate) use plan::{Downtime, Plan, check, failures, impossible, mode, plan, wish};
 pub(crate) use run::closing;
 
@@ -172,6 +173,7 @@ async fn attempt(
     in_flight.path(session.leg.path);
     report.found(&transport_reason);
     report.session(&session);
+    report.channels(spec.channels.count());
     report.set(|s| s.phase = Phase::Connecting);
 
     let counters = report.counters.clone();
@@ -228,6 +230,7 @@ async fn attempt(
     };
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
     run.vmm_limit = downtime.vmm;
+    run.channels = spec.channels;
     run.deadline = deadline;
     run.data = Some(data);
     run.fixed = match spec.path {

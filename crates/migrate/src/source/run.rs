@@ -10,9 +10,8 @@ use dwcp_proto::message::{Body, StreamEnd};
 use dwcp_proto::mode::ModeChoice;
 use dwcp_proto::path::Cause;
 use dwcp_proto::{MigrationId, Mode, Path};
-use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters};
-use dwcp_vmm::socket;
-use tokio::net::UnixStream;
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters, Qemu};
+use dwcp_vmm::socket::{self, MigrationListener};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
@@ -21,17 +20,20 @@ use tracing::{Instrument, debug, warn};
 use super::breaker::Breaker;
 use super::carry::{Peer, carry};
 use super::helm::{Helm, SwitchOrder};
+use super::ingest::{IngestError, Inlet};
 use super::reel::Reel;
 use super::{Outgoing, cancelled, ingest};
 use crate::control::{Control, Event};
 use crate::counters::Counters;
 use crate::error::{Blame, Failure};
-use crate::guest::{Guest, next_event, open_failure, qmp_failure};
+use crate::guest::{Guest, next_event, open_failure, qmp_failure, socket_failure};
+use crate::handshake::nonce;
 use crate::metrics::InFlight;
 use crate::pilot::{Pilot, Step};
 use crate::reins::{Pull, Reins};
 use crate::report::{Report, Turned, told};
 use crate::shared::Shared;
+use crate::spec::Channels;
 use crate::status::Phase;
 
 /// Between two looks at the VMM's progress.
@@ -69,7 +71,9 @@ pub(super) struct Run {
     /// Counts as running until it has ended.
     pub(super) in_flight: Option<InFlight>,
     /// The VMM's end of the data path. Held here too: a data path that failed says why before the VMM notices that its stream is gone.
-    stream: Option<Arc<UnixStream>>,
+    stream: Option<Arc<Inlet>>,
+    /// How the VMM gives its stream.
+    pub(super) channels: Channels,
     /// The data path's task.
     transport: JoinSet<Result<Transfer, Failure>>,
     /// What the peer says to the data path, until that is started.
@@ -131,6 +135,7 @@ impl Run {
             outcome: None,
             in_flight: None,
             stream: None,
+            channels: Channels::ONE,
             transport: JoinSet::new(),
             data: None,
             fixed: None,
@@ -315,22 +320,40 @@ impl Run {
     /// Lets QEMU migrate into our socket, and starts the data path.
     async fn start(&mut self) -> Result<(), Failure> {
         let qemu = self.guest.reach().await.map_err(qmp_failure)?;
-        let off =
-            ["return-path", "xbzrle", "compress", "multifd", "postcopy-ram", "x-ignore-shared", "x-colo"];
-        let mut capabilities = vec![("events", true), ("late-block-activate", true)];
+        let multifd = self.channels.is_multifd();
+        let off = ["return-path", "xbzrle", "compress", "postcopy-ram", "x-ignore-shared", "x-colo"];
+        let mut capabilities = vec![("events", true), ("late-block-activate", true), ("multifd", multifd)];
         capabilities.extend(off.map(|name| (name, false)));
         let unknown = qemu.set_capabilities(&capabilities).await.map_err(qmp_failure)?;
         if unknown.contains(&"events") {
             let text = "this QEMU does not report the migration's progress (capability events)";
             return Err(Failure::new("vmm_too_old", Blame::Vmm, text, "use QEMU 2.4 or newer"));
         }
+        if multifd && unknown.contains(&"multifd") {
+            let text = "this QEMU has no multifd";
+            return Err(Failure::new(
+                "vmm_too_old",
+                Blame::Vmm,
+                text,
+                "leave --channels out, or use QEMU 4.0 or newer",
+            ));
+        }
         let parameters = Parameters {
             downtime_limit: Some(self.vmm_limit),
             max_bandwidth: Some(UNLIMITED),
+            multifd_channels: multifd.then_some(self.channels.count()),
+            multifd_compression: multifd.then(|| "none".to_owned()),
+            // One way for all versions: zero pages on the main channel.
+            zero_page_detection: multifd.then(|| "legacy".to_owned()),
             ..Parameters::default()
         };
         qemu.set_parameters(&parameters).await.map_err(qmp_failure)?;
-        let stream = Arc::new(socket::open_outgoing(&qemu).await.map_err(open_failure)?);
+        let inlet = match multifd {
+            true => Inlet::Channels(self.open_channels(&qemu).await?),
+            false => Inlet::Main(socket::open_outgoing(&qemu).await.map_err(open_failure)?),
+        };
+        let stream = Arc::new(inlet);
+        self.guest.writes_to(&stream);
         self.stream = Some(stream.clone());
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
         let Some(data) = self.data.take() else { return Ok(()) };
@@ -355,7 +378,10 @@ impl Run {
             tokio::select! {
                 outcome = &mut send => outcome,
                 // The end of the stream: whether it is a good one is the VMM's to say.
-                _ = &mut read => send.await,
+                read = &mut read => match read.err().and_then(IngestError::failure) {
+                    Some(failure) => Err(failure),
+                    None => send.await,
+                },
             }
         };
         self.transport.spawn(carry.in_current_span());
@@ -365,6 +391,15 @@ impl Run {
         let why = self.report.status().transport_reason.unwrap_or_default();
         self.pilot.note("precopy", format!("over {}: {why}", self.outgoing.leg().transport())).await;
         Ok(())
+    }
+
+    /// Lets QEMU connect to a socket of ours as often as it has channels. The socket's file is gone afterwards.
+    async fn open_channels(&self, qemu: &Qemu) -> Result<socket::Channels, Failure> {
+        let name: String = nonce()?[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+        let listener =
+            MigrationListener::bind_secret(&self.shared.config.sockets, &name).map_err(socket_failure)?;
+        let channels = socket::open_channels(qemu, &listener, self.channels.count().into()).await;
+        channels.map_err(open_failure)
     }
 
     async fn control_event(&mut self, event: Event) {
@@ -576,6 +611,14 @@ impl Run {
         self.stream = None;
         self.monitor.abort_all();
         self.count();
+        // Whoever moves the guest next need not know of multifd.
+        if self.channels.is_multifd()
+            && matches!(self.outcome, Some(Outcome::Aborted(_)))
+            && let Ok(qemu) = self.guest.reach().await
+            && let Err(error) = qemu.set_capabilities(&[("multifd", false)]).await
+        {
+            debug!(%error, "multifd stays on");
+        }
         let alarms = self.pilot.alarms.join(", ");
         match self.outcome {
             Some(Outcome::Moved) => {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dwcp_link::Peers;
-use dwcp_migrate::spec::{IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
+use dwcp_migrate::spec::{Channels, IncomingSpec, Leave, MigrateSpec, ModeWish, PathWish, SourceWish, Vmm};
 use dwcp_migrate::status::Status;
 use dwcp_migrate::{
     Congestion, Engine, EngineConfig, Failure, FlagReason, Gate, Hde, Limits, Policy, Transport,
@@ -74,6 +74,7 @@ impl Node {
             congestion: Congestion::default(),
             transport: Transport::default(),
             gate: gate_rx,
+            sockets: dir.path().join("sockets"),
             attach: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         };
@@ -107,6 +108,7 @@ pub fn spec(a: &Node, b: &Node) -> MigrateSpec {
         downtime_limit: Duration::from_millis(500),
         bandwidth_limit: None,
         streams: None,
+        channels: Channels::ONE,
         source: SourceWish::Auto,
         verify_ram: false,
         shared_storage: false,

@@ -98,6 +98,10 @@ pub struct MigrateSpec {
     /// destination's VMM. The destination needs a fresh VMM for each, and to wait for it: see PrepareIncomingRequest.retry.
     #[prost(uint32, tag = "18")]
     pub retry: u32,
+    /// Over how many connections QEMU gives its stream to the agent: 0 or 1 for its main channel alone, 2 to 16 for so many
+    /// multifd channels beside it.
+    #[prost(uint32, tag = "20")]
+    pub channels: u32,
 }
 /// Asks to start a migration.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -500,6 +504,10 @@ pub struct Status {
     /// Why, in words; absent where the source is older.
     #[prost(string, optional, tag = "51")]
     pub transport_reason: ::core::option::Option<::prost::alloc::string::String>,
+    /// Over how many connections the VMM gives its stream: 1, or with multifd so many beside its main channel. Absent at the
+    /// destination.
+    #[prost(uint32, optional, tag = "52")]
+    pub channels: ::core::option::Option<u32>,
 }
 /// What a layer of HDE made of its share.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -29,6 +29,10 @@ pub struct Parameters {
     pub avail_switchover_bandwidth: Option<u64>,
     /// Who finds zero pages: `legacy` where the destination's RAM is written from outside (9.0+).
     pub zero_page_detection: Option<String>,
+    /// Channels beside the main one, with the capability multifd.
+    pub multifd_channels: Option<u8>,
+    /// What QEMU compresses pages on those channels with.
+    pub multifd_compression: Option<String>,
 }
 
 /// Pages that QEMU looks at in each GiB to find the dirty rate: as many as every version takes.
@@ -98,6 +102,8 @@ impl Qemu {
             ("max-bandwidth", wanted.max_bandwidth.map(Value::from)),
             ("avail-switchover-bandwidth", wanted.avail_switchover_bandwidth.map(Value::from)),
             ("zero-page-detection", wanted.zero_page_detection.clone().map(Value::from)),
+            ("multifd-channels", wanted.multifd_channels.map(Value::from)),
+            ("multifd-compression", wanted.multifd_compression.clone().map(Value::from)),
         ];
         let mut unknown = Vec::new();
         let mut changes = Map::new();

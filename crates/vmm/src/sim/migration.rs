@@ -9,7 +9,9 @@ use dwcp_proto::limits::PAGE_SIZE;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinSet;
 
+use super::scatter::{Scatter, Scattered, Style};
 use super::stream::{SimDestination, SimError, SimSource};
 use super::vmm::{Core, Fault, Machine};
 use crate::qmp::{MigrationStatus, RunState};
@@ -144,7 +146,7 @@ async fn send(core: &Arc<Core>, to: Connection) -> Result<(), Stopped> {
 }
 
 async fn send_all(core: &Arc<Core>, to: Connection) -> io::Result<()> {
-    let mut out = Output { core: core.clone(), stream: to.open().await?, offset: 0 };
+    let mut out = Output::open(core, to).await?;
     let began = Instant::now();
     let gone = || io::Error::other("no guest");
     let mut source = {
@@ -239,11 +241,54 @@ fn progress(total: u64, pending: u64, out: &Output, source: &SimSource, began: I
 struct Output {
     core: Arc<Core>,
     stream: UnixStream,
+    /// Bytes on it.
     offset: u64,
+    /// With multifd.
+    multifd: Option<(Scatter, Vec<UnixStream>)>,
 }
 
 impl Output {
+    async fn open(core: &Arc<Core>, to: Connection) -> io::Result<Self> {
+        let channels = {
+            let machine = core.machine();
+            let on = machine.capabilities.get("multifd") == Some(&Value::Bool(true));
+            on.then(|| machine.parameter("multifd-channels"))
+        };
+        let multifd = match (&to, channels) {
+            (_, None) => None,
+            (Connection::Given(_), Some(_)) => return Err(io::Error::other("multifd needs a path")),
+            (Connection::Path(path), Some(channels)) => {
+                let mut streams = Vec::new();
+                for _ in 0..channels {
+                    streams.push(UnixStream::connect(path).await?);
+                }
+                Some((Scatter::new(streams.len(), Style::Eos), streams))
+            }
+        };
+        Ok(Output { core: core.clone(), stream: to.open().await?, offset: 0, multifd })
+    }
+
     async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Some((scatter, streams)) = &mut self.multifd else { return self.write_main(bytes).await };
+        let Scattered { main, channels } = scatter.feed(bytes);
+        // Beside each other, as by threads of their own: whoever reads may want another one first.
+        let mut writers = JoinSet::new();
+        for (n, (mut stream, bytes)) in streams.drain(..).zip(channels).enumerate() {
+            writers.spawn(async move { stream.write_all(&bytes).await.map(|()| (n, stream)) });
+        }
+        self.write_main(&main).await?;
+        let mut written = Vec::new();
+        while let Some(done) = writers.join_next().await {
+            written.push(done.map_err(io::Error::other)??);
+        }
+        written.sort_by_key(|(n, _)| *n);
+        if let Some((_, streams)) = &mut self.multifd {
+            streams.extend(written.into_iter().map(|(_, stream)| stream));
+        }
+        Ok(())
+    }
+
+    async fn write_main(&mut self, bytes: &[u8]) -> io::Result<()> {
         let mut rest = bytes;
         while !rest.is_empty() {
             let len = pass(&self.core, self.offset, rest.len()).await?;

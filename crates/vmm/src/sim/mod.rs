@@ -6,16 +6,19 @@
 //! ```
 //!
 //! [`SimGuest`], [`SimSource`] and [`SimDestination`] do no I/O and depend on no clock. [`SimVmm`] puts them behind
-//! sockets, so that whatever drives a QEMU can drive it. [`StreamWriter`] writes any stream, sound or not.
+//! sockets, so that whatever drives a QEMU can drive it. [`StreamWriter`] writes any stream, sound or not, and [`Scatter`] puts its
+//! pages on multifd channels.
 
 mod guest;
 mod migration;
+mod scatter;
 mod server;
 mod stream;
 mod vmm;
 mod writer;
 
 pub use guest::{GuestSpec, SimBlock, SimGuest};
+pub use scatter::{Scatter, Scattered, Style};
 pub use stream::{MACHINE, SimDestination, SimError, SimSource};
 pub use vmm::{Fault, SimVmm};
 pub use writer::StreamWriter;

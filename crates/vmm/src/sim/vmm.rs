@@ -223,6 +223,8 @@ impl Machine {
             "max-bandwidth": 128 << 20,
             "avail-switchover-bandwidth": 0,
             "zero-page-detection": "multifd",
+            "multifd-channels": 2,
+            "multifd-compression": "none",
         });
         Machine {
             states: watch::Sender::new(state.clone()),

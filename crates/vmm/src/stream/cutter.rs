@@ -106,6 +106,22 @@ impl Cutter {
         }
     }
 
+    /// The same for a stream that a [`Merger`](crate::multifd::Merger) puts out: within a round pages overtake each other there, but never
+    /// past a [synchronisation](Self::synchronised), which the caller has to tell.
+    pub fn merged(target: usize) -> Self {
+        let mut cutter = Cutter::new(target);
+        cutter.pages.overtaking = Some(Overtaking::default());
+        cutter
+    }
+
+    /// Tells that the channels of a merged stream were synchronised after what was [`filled`](Self::filled) in so far: a page may be sent again
+    /// from here on.
+    pub fn synchronised(&mut self) {
+        if let Some(overtaking) = &mut self.pages.overtaking {
+            overtaking.synchronised.clone_from(&overtaking.floors);
+        }
+    }
+
     /// Where the next bytes of the stream belong; never empty.
     pub fn buffer(&mut self) -> &mut [u8] {
         &mut self.buffer[self.filled..]
@@ -212,13 +228,13 @@ impl Cutter {
     fn parse(&mut self) {
         while self.parsed < self.filled && self.opaque.is_none() {
             match self.parser.step(&self.buffer[self.parsed..self.filled]) {
-                Step::Item(len, Item::Framing) => self.pass(len),
                 Step::Item(len, Item::Page(page)) => {
                     match self.pages.admit(page) {
                         Admit::Ascends => {}
+                        Admit::Behind => self.close(),
                         Admit::Again(next) => {
                             self.close();
-                            self.pages.begin(next, page);
+                            self.pages.begin(next);
                         }
                         Admit::Exhausted => {
                             self.turn_opaque(OpaqueReason::TooManyRounds);
@@ -228,9 +244,11 @@ impl Cutter {
                     if !self.open.has_room(page, self.target_pages) {
                         self.close();
                     }
+                    self.pages.note(page);
                     self.open.page(page);
                     self.parsed += len;
                 }
+                Step::Item(len, _) => self.pass(len),
                 Step::NeedMore => return,
                 Step::Opaque(reason) => self.turn_opaque(reason),
             }
@@ -259,6 +277,7 @@ impl Cutter {
             return;
         }
         let open = std::mem::take(&mut self.open);
+        self.pages.next_segment();
         self.closed.push(Closed {
             range: self.start..self.parsed,
             records: open.records,
@@ -348,35 +367,74 @@ impl Index {
 #[derive(Debug, Default)]
 struct PageOrder {
     version: PageVersion,
-    /// By block: the lowest page that would ascend.
+    /// By block: the lowest page that would ascend; of a merged stream, in this segment.
     floors: Vec<u64>,
+    /// Of a merged stream.
+    overtaking: Option<Overtaking>,
+}
+
+/// In a merged stream the pages of a version ascend from one synchronisation to the next, not between them.
+#[derive(Debug, Default)]
+struct Overtaking {
+    /// By block: the lowest page above all of this version.
+    floors: Vec<u64>,
+    /// The same, as it was at the last synchronisation.
+    synchronised: Vec<u64>,
 }
 
 enum Admit {
     Ascends,
+    /// Belongs to this version, but not into this segment.
+    Behind,
     Again(PageVersion),
     Exhausted,
 }
 
 impl PageOrder {
-    fn admit(&mut self, page: PageItem) -> Admit {
-        let block = usize::from(page.block.0);
-        if self.floors.len() <= block {
-            self.floors.resize(block + 1, 0);
-        }
-        if page.index.0 >= self.floors[block] {
-            self.floors[block] = page.index.0 + 1;
-            return Admit::Ascends;
-        }
+    fn admit(&self, page: PageItem) -> Admit {
+        let ascends = page.index.0 >= floor(&self.floors, page);
+        let again = match &self.overtaking {
+            None => !ascends,
+            Some(overtaking) => page.index.0 < floor(&overtaking.synchronised, page),
+        };
         match self.version.0.checked_add(1) {
-            Some(next) => Admit::Again(PageVersion(next)),
-            None => Admit::Exhausted,
+            Some(next) if again => Admit::Again(PageVersion(next)),
+            None if again => Admit::Exhausted,
+            _ if ascends => Admit::Ascends,
+            _ => Admit::Behind,
         }
     }
 
-    fn begin(&mut self, version: PageVersion, page: PageItem) {
+    fn begin(&mut self, version: PageVersion) {
         self.version = version;
-        self.floors.fill(0);
-        self.floors[usize::from(page.block.0)] = page.index.0 + 1;
+        self.floors.clear();
+        if let Some(overtaking) = &mut self.overtaking {
+            *overtaking = Overtaking::default();
+        }
     }
+
+    fn next_segment(&mut self) {
+        if self.overtaking.is_some() {
+            self.floors.clear();
+        }
+    }
+
+    fn note(&mut self, page: PageItem) {
+        raise(&mut self.floors, page);
+        if let Some(overtaking) = &mut self.overtaking {
+            raise(&mut overtaking.floors, page);
+        }
+    }
+}
+
+fn floor(floors: &[u64], page: PageItem) -> u64 {
+    floors.get(usize::from(page.block.0)).copied().unwrap_or_default()
+}
+
+fn raise(floors: &mut Vec<u64>, page: PageItem) {
+    let block = usize::from(page.block.0);
+    if floors.len() <= block {
+        floors.resize(block + 1, 0);
+    }
+    floors[block] = floors[block].max(page.index.0 + 1);
 }

@@ -41,12 +41,12 @@ impl Layout {
     }
 
     /// The id of a block of this name.
-    pub(super) fn id(&self, name: &[u8]) -> Option<RamBlockId> {
+    pub(crate) fn id(&self, name: &[u8]) -> Option<RamBlockId> {
         self.ids.get(name).copied()
     }
 
     /// Whether the page lies whole within its block.
-    pub(super) fn holds(&self, block: RamBlockId, page: PageIndex) -> bool {
+    pub(crate) fn holds(&self, block: RamBlockId, page: PageIndex) -> bool {
         let pages = self.blocks.get(usize::from(block.0)).map_or(0, |b| b.used / PAGE_SIZE as u64);
         page.0 < pages
     }

@@ -18,6 +18,10 @@ mod serialise;
 mod tests;
 mod walk;
 
+pub(crate) use parse::{
+    FLAG_EOS, FLAG_MULTIFD_FLUSH, Item, MAX_ITEM, PageItem, Parser, SECTION_FOOTER, SECTION_PART, Step,
+};
+
 pub use cutter::Cutter;
 pub use layout::{Layout, StreamBlock};
 pub use parse::OpaqueReason;

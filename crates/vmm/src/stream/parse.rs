@@ -20,7 +20,7 @@ use dwcp_proto::{PageIndex, RamBlockId};
 use super::layout::Layout;
 
 /// Bytes that any item of the grammar takes at most: a page record with the longest name.
-pub(super) const MAX_ITEM: usize = RECORD_WORD + 1 + 255 + PAGE_SIZE;
+pub(crate) const MAX_ITEM: usize = RECORD_WORD + 1 + 255 + PAGE_SIZE;
 
 const MAGIC: u32 = 0x5145_564d;
 const STREAM_VERSION: u32 = 3;
@@ -31,22 +31,22 @@ const MAX_MACHINE: usize = 255;
 const MAX_CAPABILITIES: u32 = 64;
 
 const FLAG_MEM_SIZE: u64 = 0x04;
-const FLAG_EOS: u64 = 0x10;
+pub(crate) const FLAG_EOS: u64 = 0x10;
 const FLAG_XBZRLE: u64 = 0x40;
 const FLAG_HOOK: u64 = 0x80;
 const FLAG_COMPRESS: u64 = 0x100;
-const FLAG_MULTIFD_FLUSH: u64 = 0x200;
+pub(crate) const FLAG_MULTIFD_FLUSH: u64 = 0x200;
 const FLAGS: u64 = PAGE_SIZE as u64 - 1;
 
 const SECTION_EOF: u8 = 0x00;
 const SECTION_START: u8 = 0x01;
-const SECTION_PART: u8 = 0x02;
+pub(crate) const SECTION_PART: u8 = 0x02;
 const SECTION_END: u8 = 0x03;
 const SECTION_FULL: u8 = 0x04;
 const SECTION_SUBSECTION: u8 = 0x05;
 const SECTION_CONFIGURATION: u8 = 0x07;
 const SECTION_COMMAND: u8 = 0x08;
-const SECTION_FOOTER: u8 = 0x7e;
+pub(crate) const SECTION_FOOTER: u8 = 0x7e;
 
 /// Why the rest of a stream is passed on without being understood. Each is lossless; only the savings end there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
@@ -113,24 +113,33 @@ pub enum OpaqueReason {
 
 /// A page, or zeros, of a block.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct PageItem {
-    pub(super) block: RamBlockId,
-    pub(super) index: PageIndex,
-    pub(super) continued: bool,
-    pub(super) zero: bool,
+pub(crate) struct PageItem {
+    pub(crate) block: RamBlockId,
+    pub(crate) index: PageIndex,
+    pub(crate) continued: bool,
+    pub(crate) zero: bool,
 }
 
 /// What one step understood.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Item {
-    /// Framing, commands, lists: passed on as they are.
+pub(crate) enum Item {
+    /// Header, configuration, commands, lists.
     Framing,
+    /// The head of a RAM section; of the last one, or not.
+    Section { last: bool },
+    /// MULTIFD_FLUSH.
+    Flush,
+    /// The end of a RAM section's records.
+    Eos,
+    /// The footer of a RAM section.
+    Footer,
+    /// A page. All that is none is passed on as it is.
     Page(PageItem),
 }
 
 /// Result of one step.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// An item of this many bytes.
     Item(usize, Item),
     /// The item is not whole yet.
@@ -159,9 +168,9 @@ enum State {
 
 /// Where the parser stands in the grammar, and what it learnt on the way.
 #[derive(Debug)]
-pub(super) struct Parser {
+pub(crate) struct Parser {
     state: State,
-    pub(super) layout: Layout,
+    pub(crate) layout: Layout,
     pub(super) machine: Option<Box<[u8]>>,
     ram: Option<u32>,
     last_block: Option<RamBlockId>,
@@ -170,7 +179,7 @@ pub(super) struct Parser {
 }
 
 impl Parser {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Parser {
             state: State::Header,
             layout: Layout::default(),
@@ -188,9 +197,14 @@ impl Parser {
         !self.layout.blocks().is_empty() && !in_list
     }
 
+    /// The id of RAM's sections, once one began.
+    pub(crate) fn ram_section(&self) -> Option<u32> {
+        self.ram
+    }
+
     /// Understands the item at the start of `bytes`, which may be short. An item is counted once: on
     /// [`Step::Item`] the caller goes on behind it.
-    pub(super) fn step(&mut self, bytes: &[u8]) -> Step {
+    pub(crate) fn step(&mut self, bytes: &[u8]) -> Step {
         let mut cursor = Cursor { bytes, at: 0 };
         let parsed = match self.state {
             State::Records(section) => self.record(&mut cursor, section),
@@ -214,9 +228,9 @@ impl Parser {
             FLAG_PAGE | FLAG_ZERO => {}
             FLAG_EOS if flags == FLAG_EOS => {
                 self.state = State::Footer(section);
-                return Ok(Item::Framing);
+                return Ok(Item::Eos);
             }
-            FLAG_MULTIFD_FLUSH if flags == FLAG_MULTIFD_FLUSH => return Ok(Item::Framing),
+            FLAG_MULTIFD_FLUSH if flags == FLAG_MULTIFD_FLUSH => return Ok(Item::Flush),
             FLAG_MEM_SIZE if flags == FLAG_MEM_SIZE => {
                 if !self.layout.blocks().is_empty() || word & !FLAGS == 0 {
                     return opaque(OpaqueReason::BlockList);
@@ -292,6 +306,7 @@ impl Parser {
 
     fn section(&mut self, cursor: &mut Cursor<'_>) -> Parsed {
         let kind = cursor.u8()?;
+        let mut item = Item::Framing;
         let next = match (kind, self.state) {
             (SECTION_CONFIGURATION, State::Configuration) => {
                 let len = cursor.u32()? as usize;
@@ -317,6 +332,7 @@ impl Parser {
                     return opaque(OpaqueReason::ForeignSection);
                 }
                 self.ram = Some(id);
+                item = Item::Section { last: false };
                 State::Records(id)
             }
             (SECTION_PART | SECTION_END, _) => {
@@ -324,19 +340,21 @@ impl Parser {
                 if self.ram != Some(id) {
                     return opaque(OpaqueReason::ForeignSection);
                 }
+                item = Item::Section { last: kind == SECTION_END };
                 State::Records(id)
             }
             (SECTION_FOOTER, State::Footer(id)) => {
                 if cursor.u32()? != id {
                     return opaque(OpaqueReason::UnknownSection(kind));
                 }
+                item = Item::Footer;
                 State::Between
             }
             (SECTION_FULL | SECTION_EOF, _) => return opaque(OpaqueReason::DeviceState),
             _ => return opaque(OpaqueReason::UnknownSection(kind)),
         };
         self.state = next;
-        Ok(Item::Framing)
+        Ok(item)
     }
 
     fn subsection(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Stop> {

@@ -54,13 +54,13 @@ impl Walker {
         let (bytes, after) = rest.split_at(len.min(rest.len()));
         *rest = after;
         Some(match item {
-            Item::Framing => Part::Other(bytes),
             Item::Page(page) => Part::Page {
                 block: page.block,
                 index: page.index,
                 named: !page.continued,
                 content: if page.zero { None } else { bytes.last_chunk() },
             },
+            _ => Part::Other(bytes),
         })
     }
 
