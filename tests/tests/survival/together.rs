@@ -24,7 +24,9 @@ fn eight_guests_at_once_take_a_bounded_memory() -> Result<()> {
     }
     for mode in ["datacenter", "internet"] {
         let peaks = at_once(mode)?;
-        println!("{GUESTS} guests at once, {mode} mode: at most {peaks:?} bytes of RssAnon at source and destination");
+        println!(
+            "{GUESTS} guests at once, {mode} mode: at most {peaks:?} bytes of RssAnon at source and destination"
+        );
         let may = MAY + (GUESTS - 1) * FURTHER + (PART * (GUESTS * PAGES * 4096) as f64) as u64;
         ensure!(peaks.iter().all(|peak| *peak <= may), "{mode}: {peaks:?} of {may} bytes");
     }
@@ -34,7 +36,8 @@ fn eight_guests_at_once_take_a_bounded_memory() -> Result<()> {
 /// Moves all guests at once; the most anonymous memory that the agents saw of themselves.
 fn at_once(mode: &str) -> Result<[u64; 2]> {
     let dir = tempfile::tempdir()?;
-    let config = || AgentConfig { extra: format!("[limits]\nmigrations = {GUESTS}\n"), ..AgentConfig::default() };
+    let config =
+        || AgentConfig { extra: format!("[limits]\nmigrations = {GUESTS}\n"), ..AgentConfig::default() };
     let (a, b) = Agent::pair(dir.path(), config(), config())?;
     let vm = |n: u64| format!("vm-{n}");
     let mut vmms = Vec::new();
@@ -51,7 +54,18 @@ fn at_once(mode: &str) -> Result<[u64; 2]> {
         let (vm, qmp) = (vm(n), from.qmp_path().display());
         let id = format!("{vm}-moves");
         let begun = a.ctl(&[
-            &"migrate", &vm, &"--qmp", &qmp, &"--to", &target, &"--id", &id, &"--mode", &mode, &"--path", &"v3",
+            &"migrate",
+            &vm,
+            &"--qmp",
+            &qmp,
+            &"--to",
+            &target,
+            &"--id",
+            &id,
+            &"--mode",
+            &mode,
+            &"--path",
+            &"v3",
             &"--detach",
         ])?;
         begun.success()?;
@@ -61,7 +75,8 @@ fn at_once(mode: &str) -> Result<[u64; 2]> {
         let id = format!("{}-moves", vm(n));
         for (agent, peak) in [&a, &b].into_iter().zip(&mut peaks) {
             let logs = || format!("agent a:\n{}\nagent b:\n{}", a.log(), b.log());
-            let status = until(&format!("the end of {id}"), LIMIT, || ended(agent, &id)).with_context(logs)?;
+            let status =
+                until(&format!("the end of {id}"), LIMIT, || ended(agent, &id)).with_context(logs)?;
             ensure!(status["status"] == "completed", "{status}");
             *peak = status["agent_peak_anon_bytes"].as_u64().context("a peak")?.max(*peak);
         }

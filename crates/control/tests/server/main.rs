@@ -54,7 +54,8 @@ fn the_commands_of_the_plans_work_as_printed() {
 /// Kills the server again and again while changes are made. `DWCP_CONTROL_KILLS` says how often.
 #[test]
 fn what_was_answered_outlives_a_kill() {
-    let rounds = std::env::var("DWCP_CONTROL_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(200u64);
+    let rounds =
+        std::env::var("DWCP_CONTROL_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(200u64);
     let setup = Setup::new();
     let mut answered = ((1, 1), 0);
     for round in 0..rounds {

@@ -34,7 +34,8 @@ pub(super) fn measure(kit: &Kit, settings: &Settings) -> Result<()> {
     drop(bench);
 
     let mut sizes: Vec<(String, Vec<Run>)> = Vec::new();
-    let mut internet = Table::new(&["guest", "RAM, MiB", "sink", "seconds", "agents, MiB", "may be, MiB", ""]);
+    let mut internet =
+        Table::new(&["guest", "RAM, MiB", "sink", "seconds", "agents, MiB", "may be, MiB", ""]);
     for gib in GIBS {
         let mib = gib << 10;
         let needed = 2 * (mib + BESIDE_MIB) + SPARE_MIB;
