@@ -19,11 +19,6 @@ use crate::status::LayerStatus;
 const BASE: u64 = 16 << 20;
 /// The share of the guest's RAM, in parts of a thousand. All pages of a guest take some 35 at the source.
 const PER_MILLE: u64 = 27;
-/// What the destination takes beside its cache, beyond what the source takes beside its memory: chunks that are unpacked and wait to be
-/// applied, up to a window of them.
-const UNPACKED: usize = 32 << 20;
-/// The least cache, however small the guest.
-const LEAST_CACHE: usize = 8 << 20;
 /// Characters of the words that say why no RAM is mapped.
 const MAX_REASON: usize = 200;
 
@@ -47,9 +42,7 @@ pub(crate) fn offer(
     description: &VmDescription,
     limit: Option<u64>,
 ) -> Offer {
-    let may = allowance(ram_bytes(description), limit);
-    let cache = may.saturating_sub(UNPACKED).max(LEAST_CACHE.min(may));
-    let pages = cache / (PAGE_SIZE + CacheSize::OVERHEAD);
+    let pages = allowance(ram_bytes(description), limit) / (PAGE_SIZE + CacheSize::OVERHEAD);
     let offer = Offer { cache_pages: u32::try_from(pages).unwrap_or(u32::MAX), ..offer };
     match ram {
         Ok(ram) => {
