@@ -210,12 +210,13 @@ fn what_the_packaged_file_comments_out_is_the_default() {
     let mut all = parse(&uncommented).unwrap();
     assert!(all.limits.cpus.is_some() && all.limits.workers.is_some() && all.limits.bandwidth.is_some());
     assert!(all.limits.agent_memory.is_some() && all.limits.cpu_pressure.is_some());
-    assert!(all.limits.node_bandwidth.is_some());
+    assert!(all.limits.node_bandwidth.is_some() && all.vmm.sockets.is_some());
     assert!(all.flags.server_key.is_some() && all.flags.token_file.is_some() && !all.labels.0.is_empty());
     // These have examples, since their default is no value.
     (all.limits.cpus, all.limits.workers, all.limits.bandwidth) = (None, None, None);
     (all.limits.agent_memory, all.limits.cpu_pressure, all.limits.node_bandwidth) = (None, None, None);
     (all.flags.server_key, all.flags.token_file, all.labels) = (None, None, Labels::default());
+    all.vmm.sockets = None;
     assert_eq!(all, parse(PACKAGED).unwrap());
 
     // And no key is left out.
