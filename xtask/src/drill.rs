@@ -141,7 +141,9 @@ fn row(n: u32, plan: &TurnPlan, outcome: Result<&Turned, &anyhow::Error>) -> (St
             true
         }
         Err(error) => {
-            let words = format!("{error:#}");
+            // All of it, with the agents' logs; the table has the cause.
+            eprintln!("{error:#}");
+            let words = error.root_cause().to_string();
             let first: String = words.lines().next().unwrap_or_default().chars().take(120).collect();
             let _ = writeln!(line, "| | | | | FAILED: {} |", first.replace('|', "/"));
             false

@@ -45,6 +45,7 @@ transport = "quic"
 [vmm]
 attach = "none"
 paths = ["/run/qemu", "/run/libvirt"]
+sockets = "/run/dwcp-vmm"
 
 [labels]
 datacenter = "dc-1"
