@@ -68,6 +68,8 @@ pub(super) struct Keeper {
     comeback: Comeback,
     clock: Clock,
     gate: watch::Sender<Gate>,
+    /// What time asks for after this moment is not in the gate yet.
+    published: Moment,
     view: watch::Sender<View>,
     /// What is wrong with the source at the moment; stands behind the reason.
     wrong: Option<String>,
@@ -78,13 +80,15 @@ impl Keeper {
     pub(super) fn new(node: &str, state: FlagState, return_after: Duration) -> Self {
         let clock = Clock::start();
         let view = View { lease: state.lease(), ..View::default() };
-        let gate = gate(&state, Running::Leave, clock.now());
+        let now = clock.now();
+        let gate = gate(&state, Running::Leave, now);
         Keeper {
             node: node.into(),
             state,
             comeback: Comeback::new(return_after),
             clock,
             gate: watch::Sender::new(gate),
+            published: now,
             view: watch::Sender::new(view),
             wrong: None,
         }
@@ -165,9 +169,9 @@ impl Keeper {
     pub(super) async fn during<T>(&mut self, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         loop {
-            let now = self.clock.now();
-            let wait = self.comeback.due().filter(|due| *due > now);
-            let next = [self.state.next_change(now), wait].into_iter().flatten().min();
+            // Not from now on: a moment at which the future ended too may have passed unpublished.
+            let wait = self.comeback.due().filter(|due| *due > self.published);
+            let next = [self.state.next_change(self.published), wait].into_iter().flatten().min();
             let clock = self.clock;
             let tick = async {
                 match next {
@@ -193,6 +197,7 @@ impl Keeper {
     /// Brings the gate up to now; those who follow it hear of changes only.
     fn publish(&mut self) {
         let now = self.clock.now();
+        self.published = now;
         let decide = |scope| path(self.state.decide(now, scope, Conditions::default()));
         let allowed = decide(Scope::New) == dwcp_proto::Path::V3;
         self.comeback.observe(now, allowed, random);

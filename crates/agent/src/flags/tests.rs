@@ -2,5 +2,6 @@
 
 mod api;
 mod file;
+mod keeper;
 mod ofrep;
 mod scripted;

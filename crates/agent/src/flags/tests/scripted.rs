@@ -235,7 +235,8 @@ pub(super) fn key() -> NodeKey {
     NodeKey::from_seed("node-123".parse().unwrap(), &[7; 32])
 }
 
-fn keeper() -> Keeper {
+/// A node's keeper of the flag, which it pulls from servers.
+pub(super) fn keeper() -> Keeper {
     let state = FlagState::new("node-123", Source::Server(Lease::default()));
     Keeper::new("node-123", state, Duration::from_secs(60))
 }
