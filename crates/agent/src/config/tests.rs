@@ -128,32 +128,45 @@ fn an_error_names_file_line_column_and_what_was_expected() {
 
 #[test]
 fn bad_values_are_refused_where_they_stand() {
-    for (from, to, place, expected) in [
-        ("node = \"hv-01\"", "node = \"a/b\"", ":2:8: ", "1 to 64 characters"),
-        ("node = \"hv-01\"", "", ": ", "missing key `node`"),
-        ("\"/var/lib/dwcp\"", "\"lib\"", ":3:13: ", "absolute path"),
-        ("192.0.2.1:7400", "192.0.2.1", ":6:8: ", "socket address"),
-        ("unix:/run", "/run", ":7:7: ", "expected unix: and an absolute path"),
-        ("file:/etc", "file:etc", ":15:10: ", "file:/PATH"),
-        ("\"v3\"", "\"v2\"", ":16:11: ", "unknown value `v2`, expected `v1` or `v3`"),
-        ("v1_plain = true", "v1_plain = \"yes\"", ":23:12: ", "expected a boolean"),
-        ("\"datacenter\"", "\"lan\"", ":24:6: ", "`any`, `datacenter`, `never`"),
-        ("migrations = 2", "migrations = 0", ":28:14: ", "from 1 to 64"),
-        ("cpus = 4", "cpus = -1", ":29:8: ", "expected u64"),
-        ("200Mbit", "0Mbit", ":34:13: ", "rate above zero"),
-        ("\"none\"\npaths", "\"gdb\"\npaths", ":44:10: ", "`none` or `ptrace`"),
-        ("info,dwcp_link=debug", "loud", ":52:9: ", "expected error, warn, info, debug or trace"),
-        ("transport = \"quic\"", "transport = \"udp\"", ":41:13: ", "`auto`, `tcp`, `quic`"),
-        ("\"90s\"", "\"0s\"", ":20:16: ", "from 1s to 86400s"),
-        ("dc-1", "dc 1", ":47:1: ", "1 to 64 characters"),
-        ("[log]", "[logs]", ":50:2: ", "unknown key `logs`"),
-        ("[log]", "[log", ":50:5: ", "expected `]`"),
+    // What is replaced, by what, where the error points, and what it says.
+    for (from, to, at, expected) in [
+        ("\"hv-01\"", "\"a/b\"", "\"a/b\"", "1 to 64 characters"),
+        ("\"/var/lib/dwcp\"", "\"lib\"", "\"lib\"", "absolute path"),
+        ("\"192.0.2.1:7400\"", "\"192.0.2.1\"", "\"192.0.2.1\"", "socket address"),
+        ("\"unix:/run", "\"/run", "\"/run/dwcp/agent", "expected unix: and an absolute path"),
+        ("\"file:/etc", "\"file:etc", "\"file:etc", "file:/PATH"),
+        ("without = \"v3\"", "without = \"v2\"", "\"v2\"", "unknown value `v2`, expected `v1` or `v3`"),
+        ("v1_plain = true", "v1_plain = \"yes\"", "\"yes\"", "expected a boolean"),
+        ("\"datacenter\"", "\"lan\"", "\"lan\"", "`any`, `datacenter`, `never`"),
+        ("migrations = 2", "migrations = 0", "0\ncpus", "from 1 to 64"),
+        ("cpus = 4", "cpus = -1", "-1", "expected u64"),
+        ("\"200Mbit", "\"0Mbit", "\"0Mbit", "rate above zero"),
+        ("\"none\"\npaths", "\"gdb\"\npaths", "\"gdb\"", "`none` or `ptrace`"),
+        ("\"info,dwcp_link=debug\"", "\"loud\"", "\"loud\"", "expected error, warn, info, debug or trace"),
+        ("transport = \"quic\"", "transport = \"udp\"", "\"udp\"", "`auto`, `tcp`, `quic`"),
+        ("\"90s\"", "\"0s\"", "\"0s\"", "from 1s to 86400s"),
+        ("\"dc-1\"", "\"dc 1\"", "[labels]", "1 to 64 characters"),
+        ("[log]", "[logs]", "logs]", "unknown key `logs`"),
+        ("[log]", "[log", "\nformat", "expected `]`"),
     ] {
         let error = error(from, to);
         let (first, _) = error.split_once('\n').unwrap_or((&error, ""));
-        assert!(first.starts_with(&format!("/etc/dwcp/dwcpd.toml{place}")), "{to}: {error}");
+        let place = place(&FULL.replacen(from, to, 1), at);
+        assert!(
+            first.starts_with(&format!("/etc/dwcp/dwcpd.toml:{place}: ")),
+            "{to}, expected at {place}: {error}"
+        );
         assert!(first.contains(expected), "{to}: {error}");
     }
+    let missing = error("node = \"hv-01\"", "");
+    assert!(missing.starts_with("/etc/dwcp/dwcpd.toml: missing key `node`"), "{missing}");
+}
+
+/// `line:column` of the first `at` in a text, both from 1.
+fn place(text: &str, at: &str) -> String {
+    let before = &text[..text.find(at).unwrap_or_else(|| panic!("no {at:?}"))];
+    let column = before.len() - before.rfind('\n').map_or(0, |newline| newline + 1);
+    format!("{}:{}", before.matches('\n').count() + 1, column + 1)
 }
 
 #[test]
