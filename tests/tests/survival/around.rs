@@ -104,11 +104,13 @@ fn a_clock_that_jumps() -> Result<()> {
         ];
         Ok(AgentConfig { env, ..AgentConfig::default() })
     };
-    let mut scene = SimScene::with(SimGuest::default(), config(&clocks[0])?, config(&clocks[1])?)?;
+    // More than the agents and their sockets hold: precopy must still be going on when the clocks jump.
+    let guest = SimGuest { pages: 16 << 10, ..SimGuest::default() };
+    let mut scene = SimScene::with(guest, config(&clocks[0])?, config(&clocks[1])?)?;
     scene.incoming()?;
     let mut jumped = false;
     let said = scene.migrate_watched(
-        &["--bandwidth-limit", "16Mbit", "--id", "m1", "--deadline", "60s"],
+        &["--bandwidth-limit", "64Mbit", "--id", "m1", "--deadline", "60s"],
         |line| {
             let status: Value = serde_json::from_str(line).unwrap_or_default();
             if status["status"] == "precopy" && !jumped {
