@@ -384,3 +384,67 @@ async fn read_all(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use dwcp_link::pipe;
+    use dwcp_proto::message::{Choice, StreamEnd, Veto};
+    use dwcp_proto::{Leg, NodeKey, NodeName, SessionId, Side};
+
+    use super::*;
+    use crate::handshake::Offers;
+    use crate::wire::read_message;
+
+    fn session() -> Arc<Session> {
+        let key = |name, seed| NodeKey::from_seed(NodeName::new(name).unwrap(), &[seed; 32]);
+        let id = SessionId([7; 32]);
+        let choice = Choice { path: 1, streams: 1, ..Choice::default() };
+        Arc::new(Session {
+            id,
+            side: Side::Source,
+            key: Arc::new(key("a", 1)),
+            peer: key("b", 2).public(),
+            leg: Leg::first(id, choice).unwrap(),
+            offers: Offers::default(),
+        })
+    }
+
+    /// The peer speaks at the moment at which the session ends here: nothing that was said before is lost for that, and the connection
+    /// stands until the peer has ended it.
+    #[tokio::test]
+    async fn the_last_words_are_heard_though_the_peer_speaks_at_that_moment() {
+        // Which of the two is seen first is left to chance.
+        for _ in 0..32 {
+            let (here, there) = pipe(1 << 16);
+            let (mut reader, mut writer) = there.into_split();
+            let (_joins, arrivals) = mpsc::channel(1);
+            let (_acks, acks) = watch::channel(Ack::default());
+            let (control, mut events, server) = Control::start(
+                session(),
+                Some(here.into_split()),
+                Origin::Accept(arrivals, acks.clone()),
+                Data::Receives(acks),
+                Arc::default(),
+            );
+            let server = tokio::spawn(server);
+            assert!(matches!(events.recv().await, Some(Event::Up)));
+            write_message(&mut writer, Body::Veto(Veto::default())).await.unwrap();
+            for length in 1..=3 {
+                control.out.try_send(Body::StreamEnd(StreamEnd { length, leg: 1 })).unwrap();
+            }
+            drop((control, events));
+
+            let mut heard = 0;
+            while let Ok((body, _)) = read_message(&mut reader).await {
+                if let Body::StreamEnd(end) = body {
+                    heard += 1;
+                    assert_eq!(end.length, heard);
+                }
+            }
+            assert_eq!(heard, 3);
+            write_message(&mut writer, Body::Veto(Veto::default())).await.expect("it waits for our end");
+            drop((reader, writer));
+            server.await.unwrap();
+        }
+    }
+}
