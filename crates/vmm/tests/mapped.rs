@@ -14,6 +14,7 @@ use dwcp_vmm::qmp::{Parameters, Qemu, QmpConfig, RunState};
 use dwcp_vmm::socket::{MigrationListener, connect};
 use dwcp_vmm::stream::{Cutter, Piece, pieces};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -85,9 +86,9 @@ async fn a_guest_moves(kit: &Kit, version: QemuVersion, backing: Backing, dir: &
     let mut from = listener.accept().await.unwrap();
     let mut to = connect(&incoming).await.unwrap();
     let (mut came, mut went) = (0, 0);
+    let enough = Notify::new();
     let relay = async {
         let mut cutter = Cutter::new(256 << 10);
-        let mut hurried = false;
         loop {
             let read = from.read(cutter.buffer()).await.unwrap();
             match read {
@@ -106,13 +107,17 @@ async fn a_guest_moves(kit: &Kit, version: QemuVersion, backing: Backing, dir: &
             if read == 0 {
                 return;
             }
-            if cutter.version().0 > SWITCH && !hurried {
-                source.set_parameters(&fast).await.unwrap();
-                hurried = true;
+            if cutter.version().0 > SWITCH {
+                enough.notify_one();
             }
         }
     };
-    timeout(LIMIT, relay).await.unwrap();
+    // Beside the relay: QEMU answers nothing while it waits for room in the stream of its last round.
+    let hurry = async {
+        enough.notified().await;
+        source.set_parameters(&fast).await.unwrap();
+    };
+    timeout(LIMIT, async { tokio::join!(relay, hurry) }).await.unwrap();
     is_in(&destination, RunState::Paused).await;
     is_in(&source, RunState::PostMigrate).await;
     assert_eq!(ram::compare(&a, &b, spec.ram_bytes()).unwrap(), None);
