@@ -14,7 +14,7 @@
 //! Invariants: chunks are applied once, in the order of their sequence numbers, without a gap in the VMM's stream, each header holding the hash
 //! of the one before; what waits never exceeds the window; nothing is applied after the end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::chunk::{ChunkHeader, Kind};
 use crate::fault::Mechanism;
@@ -90,7 +90,8 @@ pub struct Receiver {
     waiting_bytes: u64,
     /// Of those that are verified.
     held: u64,
-    applying: Option<ChunkHeader>,
+    /// Given out and not applied yet, in order.
+    applying: VecDeque<ChunkHeader>,
     ended: bool,
     window: u64,
 }
@@ -111,7 +112,7 @@ impl Receiver {
             waiting: BTreeMap::new(),
             waiting_bytes: 0,
             held: 0,
-            applying: None,
+            applying: VecDeque::new(),
             ended: false,
             window,
         }
@@ -120,7 +121,7 @@ impl Receiver {
     /// Takes or refuses a chunk by its signed header, before its payload is read.
     pub fn admit(&mut self, header: &ChunkHeader) -> Result<Admission, Violation> {
         let seq = header.seq;
-        if seq < self.next || self.applying.as_ref().is_some_and(|h| h.seq == seq) {
+        if seq < self.due() {
             return Ok(Admission::Duplicate);
         }
         if self.ended {
@@ -183,42 +184,52 @@ impl Receiver {
     /// Whether a chunk is neither applied nor here nor on its way in: only then does a refusal of it still stand, to be said
     /// again where it may have been lost.
     pub fn lacks(&self, seq: Seq) -> bool {
-        let applying = self.applying.as_ref().is_some_and(|h| h.seq == seq);
-        seq >= self.next && !applying && !self.waiting.contains_key(&seq)
+        seq >= self.due() && !self.waiting.contains_key(&seq)
     }
 
     /// Whether the next chunk is here, or being applied: then nothing is waited for.
     pub fn has_next(&self) -> bool {
-        self.applying.is_some() || self.waiting.get(&self.next).is_some_and(|w| w.verified)
+        !self.applying.is_empty() || self.waiting.get(&self.next).is_some_and(|w| w.verified)
     }
 
-    /// The next chunk to apply, if it is here and the one before was applied.
+    /// The next chunk to give out.
+    fn due(&self) -> Seq {
+        self.applying.back().map_or(self.next, |last| last.seq.next())
+    }
+
+    /// The next chunk to apply, if it is here. Several may be given out before the first of them is applied.
     pub fn poll_apply(&mut self) -> Result<Option<ChunkHeader>, Violation> {
-        if self.applying.is_some() || !self.waiting.get(&self.next).is_some_and(|w| w.verified) {
+        let due = self.due();
+        if !self.waiting.get(&due).is_some_and(|w| w.verified) {
             return Ok(None);
         }
-        let Some(Waiting { header, .. }) = self.waiting.remove(&self.next) else { return Ok(None) };
+        let Some(Waiting { header, .. }) = self.waiting.remove(&due) else { return Ok(None) };
         self.waiting_bytes -= header.weight();
         self.held -= u64::from(header.wire_len);
         let seq = header.seq.0;
-        let follows = header.prev == self.prev && header.offset == self.applied;
+        let (prev, offset, version) = match self.applying.back() {
+            Some(last) if last.kind == Kind::End => return Err(Violation::AfterEnd(seq)),
+            Some(last) => (last.hash(), last.end(), last.version.0),
+            None => (self.prev, self.applied, self.version),
+        };
+        let follows = header.prev == prev && header.offset == offset;
         if !follows && !Mechanism::Chain.is_off() {
             return Err(Violation::Chain(seq));
         }
-        let old = header.kind == Kind::Data && header.version.0 < self.version;
+        let old = header.kind == Kind::Data && header.version.0 < version;
         if old && !Mechanism::OldRound.is_off() {
             return Err(Violation::OldRound(seq));
         }
         if header.kind == Kind::End && !self.waiting.is_empty() {
             return Err(Violation::AfterEnd(seq + 1));
         }
-        self.applying = Some(header.clone());
+        self.applying.push_back(header.clone());
         Ok(Some(header))
     }
 
-    /// The chunk that `poll_apply` gave out has been applied.
+    /// The first of the chunks that `poll_apply` gave out has been applied.
     pub fn applied(&mut self) {
-        if let Some(header) = self.applying.take() {
+        if let Some(header) = self.applying.pop_front() {
             self.next = header.seq.next();
             self.applied = header.end();
             self.prev = header.hash();
@@ -298,6 +309,40 @@ mod tests {
         assert_eq!(applied, [0, 1, 2, 3, 4]);
         assert_eq!(receiver.offset(), StreamOffset(40));
         assert_eq!(receiver.root(), Some(chunks[4].header().hash()));
+    }
+
+    #[test]
+    fn several_are_given_out_before_the_first_is_applied() {
+        let chunks = stream(3);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        for i in [0, 1, 3] {
+            take(&mut receiver, &chunks[i]);
+        }
+        let mut given = Vec::new();
+        while let Some(header) = receiver.poll_apply().unwrap() {
+            given.push(header.seq.0);
+        }
+        assert_eq!((given, receiver.next(), receiver.offset()), (vec![0, 1], Seq(0), StreamOffset(0)));
+        assert_eq!(receiver.admit(chunks[1].header()), Ok(Admission::Duplicate));
+        assert!(!receiver.lacks(Seq(1)) && receiver.lacks(Seq(2)));
+        receiver.applied();
+        assert_eq!((receiver.next(), receiver.offset()), (Seq(1), StreamOffset(10)));
+        take(&mut receiver, &chunks[2]);
+        assert_eq!(receiver.poll_apply().unwrap().map(|header| header.seq), Some(Seq(2)));
+        assert_eq!(receiver.poll_apply().unwrap().map(|header| header.kind), Some(Kind::End));
+        assert_eq!((receiver.poll_apply(), receiver.root()), (Ok(None), None));
+        (0..3).for_each(|_| receiver.applied());
+        assert_eq!(receiver.root(), Some(chunks[3].header().hash()));
+
+        // The chain is checked though the one before was not applied yet.
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        take(&mut receiver, &chunks[0]);
+        take(&mut receiver, &stream(1)[1]);
+        let end = receiver.admit(&ChunkHeader { seq: Seq(2), ..chunks[2].header().clone() });
+        assert_eq!(end, Ok(Admission::Take));
+        assert!(receiver.verified(Seq(2)));
+        receiver.poll_apply().unwrap();
+        assert_eq!(receiver.poll_apply(), Err(Violation::AfterEnd(2)));
     }
 
     #[test]

@@ -10,10 +10,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use dwcp_hde::{DecodeError, Unpacked};
 use dwcp_link::Reader;
-use dwcp_proto::chunk::{ChunkError, Kind, SIGNED_HEADER_LEN};
+use dwcp_proto::buffers::Buffers;
+use dwcp_proto::chunk::{ChunkError, ChunkHeader, Kind, SIGNED_HEADER_LEN};
 use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Refusal};
 use dwcp_proto::receiver::{Admission, Receiver};
@@ -29,7 +30,7 @@ use tracing::{Instrument, info, warn};
 
 use super::Incoming;
 use super::land::{Landed, Landing, Order, ended};
-use super::replay::{Held, Replayed};
+use super::replay::{Held, Replayed, unheld};
 use super::silence::{Waiting, look};
 use crate::error::{Blame, Failure};
 use crate::handshake::Arrival;
@@ -42,6 +43,13 @@ const MAX_WANTED: usize = 256;
 /// Where a chunk came at so many bytes a second, the next one is left to come together before it is read: to be woken for each packet
 /// costs a tenth of this agent's time. On a slower connection each packet is a sign of life: see [`super::silence`].
 const SWIFT: f64 = 1e6;
+
+/// Bytes of payload buffers that are kept for the next chunks: as many as wait to be verified and applied where that goes on
+/// as fast as they come.
+const KEEP: usize = 8 << 20;
+
+/// Bytes of the VMM's stream from which on chunks that wait are not applied together: what comes meanwhile waits for them.
+const TOGETHER: u64 = 2 << 20;
 
 /// How long the source may take to begin another leg where a page did not prove itself.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -81,6 +89,7 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
     };
     let refers = stage.held.as_ref().is_some_and(Held::refers);
     let verifier = Verifier::new(leg.id, incoming.session.peer.clone());
+    let buffers = Buffers::new(KEEP);
     let (events_tx, mut events) = mpsc::channel(16);
     let mut links = JoinSet::new();
     let mut serving: HashMap<u32, (AbortHandle, Waiting)> = HashMap::new();
@@ -128,6 +137,7 @@ pub(crate) async fn receive(landing: &mut Landing, leg: &Leg) -> Result<Landed, 
                         waiting: waiting.clone(),
                         receiver: stage.receiver.clone(),
                         verifier: verifier.clone(),
+                        buffers: buffers.clone(),
                         share: incoming.share.clone(),
                         refers,
                         incoming: incoming.clone(),
@@ -211,67 +221,83 @@ impl Stage {
     /// Applies everything that is next in order; the transfer once the end was.
     async fn apply(&mut self, landing: &mut Landing) -> Result<Option<Transfer>, Failure> {
         while self.stuck.is_none() {
-            let next = lock(&self.receiver).poll_apply();
-            let counters = &landing.incoming.counters;
-            let header = match next {
-                Ok(Some(header)) => header,
-                Ok(None) => return Ok(None),
-                Err(violation) => {
-                    landing.incoming.metrics.byzantine_attempt(violation.kind());
-                    return Err(attack(violation.kind(), &violation));
-                }
-            };
-            let stream_len = u64::from(header.stream_len);
-            let bytes = match (self.ready.remove(&header.seq), self.held.take()) {
-                (Some(chunk), Some(held)) => {
-                    let (held, replayed) = held.replay(chunk).await;
-                    self.held = held;
-                    match replayed? {
-                        Replayed::Bytes(bytes) => bytes,
-                        Replayed::Unproved(index) => {
-                            warn!(seq = %header.seq, page = %index, "a page did not prove itself, asking for another leg");
-                            landing.incoming.metrics.byzantine_attempt("delta_base");
-                            landing.distrust();
-                            self.stuck = Some(Instant::now() + PATIENCE);
-                            return Ok(None);
-                        }
-                    }
-                }
-                (Some(Ready::Stream(bytes)), held) => {
-                    self.held = held;
-                    bytes
-                }
-                (_, held) => {
-                    self.held = held;
-                    Bytes::new()
-                }
-            };
-            counters.raw.add(stream_len);
-            if header.kind == Kind::Data {
-                counters.rounds.set(u64::from(header.version.0) + 1);
-                counters.chunks.add(1);
+            let (headers, chunks) = self.next(&landing.incoming)?;
+            if headers.is_empty() {
+                return Ok(None);
             }
-            landing.sink.apply_for(&bytes, stream_len).await?;
-            let (next, applied, held, root) = {
-                let mut receiver = lock(&self.receiver);
-                receiver.applied();
-                (receiver.next(), receiver.offset().0, receiver.held(), receiver.root())
+            let replayed = match self.held.take() {
+                Some(held) => {
+                    let (held, replayed) = held.replay(chunks).await;
+                    self.held = held;
+                    replayed?
+                }
+                None => chunks.into_iter().map(unheld).collect::<Result<_, _>>()?,
             };
-            self.refusals.retain(|seq, _| *seq >= next);
-            let refused = self.wanted();
-            landing.acknowledge(Ack {
-                next: next.0,
-                applied,
-                refused,
-                leg: self.leg,
-                silent: Vec::new(),
-                held,
-            });
-            if let Some(root) = root {
-                return Ok(Some(Transfer { stream_len: applied, root }));
+            for (header, replayed) in headers.into_iter().zip(replayed) {
+                let bytes = match replayed {
+                    Replayed::Bytes(bytes) => bytes,
+                    Replayed::Unproved(index) => {
+                        warn!(seq = %header.seq, page = %index, "a page did not prove itself, asking for another leg");
+                        landing.incoming.metrics.byzantine_attempt("delta_base");
+                        landing.distrust();
+                        self.stuck = Some(Instant::now() + PATIENCE);
+                        return Ok(None);
+                    }
+                };
+                if let Some(transfer) = self.applied(landing, &header, &bytes).await? {
+                    return Ok(Some(transfer));
+                }
             }
         }
         Ok(None)
+    }
+
+    /// The chunks that are next in order, with their headers. Several at once where they wait: to hand one over to another thread
+    /// and back costs as much as to apply a part of it.
+    fn next(&mut self, incoming: &Incoming) -> Result<(Vec<ChunkHeader>, Vec<Ready>), Failure> {
+        let mut receiver = lock(&self.receiver);
+        let (mut headers, mut chunks, mut bytes) = (Vec::new(), Vec::new(), 0);
+        while bytes < TOGETHER {
+            match receiver.poll_apply() {
+                Ok(Some(header)) => {
+                    bytes += u64::from(header.stream_len);
+                    chunks.push(self.ready.remove(&header.seq).unwrap_or(Ready::Stream(Bytes::new())));
+                    headers.push(header);
+                }
+                Ok(None) => break,
+                Err(violation) => {
+                    incoming.metrics.byzantine_attempt(violation.kind());
+                    return Err(attack(violation.kind(), &violation));
+                }
+            }
+        }
+        Ok((headers, chunks))
+    }
+
+    /// Gives the VMM what is its of a chunk, and acknowledges it; the transfer if it was the end.
+    async fn applied(
+        &mut self,
+        landing: &mut Landing,
+        header: &ChunkHeader,
+        bytes: &[u8],
+    ) -> Result<Option<Transfer>, Failure> {
+        let stream_len = u64::from(header.stream_len);
+        let counters = &landing.incoming.counters;
+        counters.raw.add(stream_len);
+        if header.kind == Kind::Data {
+            counters.rounds.set(u64::from(header.version.0) + 1);
+            counters.chunks.add(1);
+        }
+        landing.sink.apply_for(bytes, stream_len).await?;
+        let (next, applied, held, root) = {
+            let mut receiver = lock(&self.receiver);
+            receiver.applied();
+            (receiver.next(), receiver.offset().0, receiver.held(), receiver.root())
+        };
+        self.refusals.retain(|seq, _| *seq >= next);
+        let refused = self.wanted();
+        landing.acknowledge(Ack { next: next.0, applied, refused, leg: self.leg, silent: Vec::new(), held });
+        Ok(root.map(|root| Transfer { stream_len: applied, root }))
     }
 }
 
@@ -289,6 +315,8 @@ pub(super) fn attack(kind: &str, error: &dyn std::error::Error) -> Failure {
 struct Link {
     receiver: Arc<Mutex<Receiver>>,
     verifier: Verifier,
+    /// What payloads are read into.
+    buffers: Arc<Buffers>,
     share: Share,
     /// Whether chunks may refer to what is held.
     refers: bool,
@@ -353,7 +381,12 @@ impl Link {
         let admission = lock(&self.receiver).admit(header.header());
         let admission = admission.map_err(|v| ReadError::Attack(attack(v.kind(), &v)))?;
         let guard = Admitted { receiver: &self.receiver, seq: (admission == Admission::Take).then_some(seq) };
-        let mut payload = BytesMut::with_capacity(len);
+        let mut payload = self.buffers.take();
+        payload.clear();
+        if payload.capacity() < len {
+            // Nothing of the old one is worth a copy.
+            payload = Vec::with_capacity(len);
+        }
         let mut limited = tokio::io::AsyncReadExt::take(&mut *reader, len as u64);
         let (gauge, began) = (limited.get_ref().gauge(), Instant::now());
         while payload.len() < len {
@@ -371,10 +404,10 @@ impl Link {
         }
         *swift = len as f64 >= SWIFT * began.elapsed().as_secs_f64();
         self.incoming.counters.wire.add((SIGNED_HEADER_LEN + dwcp_proto::frame::HEAD_LEN + len) as u64);
+        let payload = self.buffers.share(payload);
         if admission == Admission::Duplicate {
             return Ok(());
         }
-        let payload = payload.freeze();
         let refers = self.refers;
         let result = self
             .share

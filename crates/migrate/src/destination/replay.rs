@@ -48,27 +48,53 @@ impl Held {
         !matches!(self, Held::Split(_))
     }
 
-    /// Applies a chunk, off the network's threads.
-    pub(crate) async fn replay(mut self, chunk: Ready) -> (Option<Self>, Result<Replayed, Failure>) {
+    /// Applies chunks in this order, off the network's threads; it ends after the first that does not prove itself.
+    pub(crate) async fn replay(
+        mut self,
+        chunks: Vec<Ready>,
+    ) -> (Option<Self>, Result<Vec<Replayed>, Failure>) {
         let work = spawn_blocking(move || {
-            let replayed = match (&mut self, chunk) {
-                (Held::Stream(sink), Ready::Unpacked(chunk)) => {
-                    let done = chunk.content().replay(sink);
-                    outcome(std::mem::take(&mut sink.out), done, |never| match never {})
+            let mut all = Vec::with_capacity(chunks.len());
+            for chunk in chunks {
+                match self.replay_now(chunk) {
+                    Ok(replayed) => {
+                        let goes_on = matches!(replayed, Replayed::Bytes(_));
+                        all.push(replayed);
+                        if !goes_on {
+                            break;
+                        }
+                    }
+                    Err(failure) => return (Some(self), Err(failure)),
                 }
-                (Held::Mapped(sink), Ready::Unpacked(chunk)) => {
-                    let done = chunk.content().replay(&mut **sink);
-                    outcome(sink.0.take(), done, unwritten)
-                }
-                (Held::Split(splitter), Ready::Stream(stream)) => split(splitter, &stream),
-                // The end of the stream.
-                (_, Ready::Stream(stream)) => Ok(Replayed::Bytes(stream)),
-                // Chunks are unpacked only where they may refer to something.
-                (Held::Split(_), Ready::Unpacked(_)) => Err(failed()),
-            };
-            (Some(self), replayed)
+            }
+            (Some(self), Ok(all))
         });
         work.await.unwrap_or_else(|_| (None, Err(failed())))
+    }
+
+    fn replay_now(&mut self, chunk: Ready) -> Result<Replayed, Failure> {
+        match (self, chunk) {
+            (Held::Stream(sink), Ready::Unpacked(chunk)) => {
+                let done = chunk.content().replay(sink);
+                outcome(std::mem::take(&mut sink.out), done, |never| match never {})
+            }
+            (Held::Mapped(sink), Ready::Unpacked(chunk)) => {
+                let done = chunk.content().replay(&mut **sink);
+                outcome(sink.0.take(), done, unwritten)
+            }
+            (Held::Split(splitter), Ready::Stream(stream)) => split(splitter, &stream),
+            // The end of the stream, or what refers to nothing.
+            (_, chunk) => unheld(chunk),
+        }
+    }
+}
+
+/// Applies a chunk where nothing is held.
+pub(crate) fn unheld(chunk: Ready) -> Result<Replayed, Failure> {
+    match chunk {
+        Ready::Stream(stream) => Ok(Replayed::Bytes(stream)),
+        // Chunks are unpacked only where they may refer to something.
+        Ready::Unpacked(_) => Err(failed()),
     }
 }
 

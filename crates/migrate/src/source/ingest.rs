@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use dwcp_proto::limits::PAGE_SIZE;
-use dwcp_proto::{Record, Segment};
+use dwcp_proto::{Mode, Record, Segment};
 use dwcp_vmm::multifd::{MIN_ROOM, MergeError, Merged, Merger, Source};
 use dwcp_vmm::socket::Channels;
 use dwcp_vmm::stream::{Cutter, OpaqueReason};
@@ -23,7 +23,20 @@ use crate::report::Report;
 
 /// Bytes of guest pages in one chunk. Larger chunks cost less each; what lies in the pipeline when the guest stops adds to its
 /// downtime. Compression gains less than half a percent from 256 KiB to 512 KiB.
-pub(crate) const CHUNK: usize = 512 << 10;
+const CHUNK: usize = 512 << 10;
+/// The same where the network is fast and the guest has [`LARGE`] RAM: a signature, its check, and some wakings take as long as to hash
+/// 300 KiB.
+const LARGE_CHUNK: usize = 1 << 20;
+/// Bytes of RAM of a large guest. With a smaller one too much of it would be under way before a path could change.
+const LARGE: u64 = 1 << 30;
+
+/// Bytes of guest pages in one chunk of a migration that begins in `mode`, of a guest with so much RAM.
+pub(crate) fn chunk(mode: Mode, ram: u64) -> usize {
+    match mode {
+        Mode::Datacenter if ram >= LARGE => LARGE_CHUNK,
+        _ => CHUNK,
+    }
+}
 
 /// Segments that may wait for the next stage.
 pub(crate) const QUEUE: usize = 1;
@@ -76,16 +89,17 @@ impl IngestError {
     }
 }
 
-/// Reads `inlet` to its end; returns the stream's length. Back-pressure is by `segments` being full: then nothing more is read, and the VMM waits.
+/// Reads `inlet` to its end, in segments of about `chunk` bytes; returns the stream's length. Back-pressure is by `segments` being full: then nothing more is read, and the VMM waits.
 pub(crate) async fn ingest(
     inlet: Arc<Inlet>,
     segments: mpsc::Sender<Segment>,
     report: Arc<Report>,
+    chunk: usize,
 ) -> Result<u64, IngestError> {
     match &*inlet {
-        Inlet::Main(stream) => Ok(ingest_main(stream, segments, report).await?),
+        Inlet::Main(stream) => Ok(ingest_main(stream, segments, report, chunk).await?),
         Inlet::Channels(channels) => {
-            let outcome = ingest_channels(channels, segments, report).await;
+            let outcome = ingest_channels(channels, segments, report, chunk).await;
             // Nothing more is read: a VMM that gave up must not wait for one of its threads that waits for room.
             inlet.shut();
             outcome
@@ -97,9 +111,10 @@ async fn ingest_main(
     stream: &UnixStream,
     segments: mpsc::Sender<Segment>,
     report: Arc<Report>,
+    chunk: usize,
 ) -> io::Result<u64> {
     let counters = report.counters.clone();
-    let mut cutter = Cutter::new(CHUNK);
+    let mut cutter = Cutter::new(chunk);
     let mut told = false;
     loop {
         if let Some(reason) = cutter.opaque_reason().filter(|r| !told && *r != OpaqueReason::DeviceState) {
@@ -133,9 +148,10 @@ async fn ingest_channels(
     channels: &Channels,
     segments: mpsc::Sender<Segment>,
     report: Arc<Report>,
+    chunk: usize,
 ) -> Result<u64, IngestError> {
     let counters = report.counters.clone();
-    let mut cutter = Cutter::merged(CHUNK);
+    let mut cutter = Cutter::merged(chunk);
     let mut merger = Merger::new(channels.multifd.len());
     let all: Vec<(Source, &UnixStream)> = std::iter::once((Source::Main, &channels.main))
         .chain(channels.multifd.iter().enumerate().map(|(n, stream)| (Source::Channel(n), stream)))

@@ -231,6 +231,7 @@ async fn attempt(
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
     run.vmm_limit = downtime.vmm;
     run.channels = spec.channels;
+    run.ram = ram;
     run.deadline = deadline;
     run.data = Some(data);
     run.fixed = match spec.path {

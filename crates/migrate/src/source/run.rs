@@ -74,6 +74,8 @@ pub(super) struct Run {
     stream: Option<Arc<Inlet>>,
     /// How the VMM gives its stream.
     pub(super) channels: Channels,
+    /// Bytes of the guest's RAM.
+    pub(super) ram: u64,
     /// The data path's task.
     transport: JoinSet<Result<Transfer, Failure>>,
     /// What the peer says to the data path, until that is started.
@@ -136,6 +138,7 @@ impl Run {
             in_flight: None,
             stream: None,
             channels: Channels::ONE,
+            ram: 0,
             transport: JoinSet::new(),
             data: None,
             fixed: None,
@@ -371,8 +374,9 @@ impl Run {
             Breaker::new(&config.limits),
         );
         let turns = self.turns_tx.clone();
+        let chunk = ingest::chunk(leg.mode, self.ram);
         let carry = async move {
-            let read = ingest::ingest(stream, segments_tx, report);
+            let read = ingest::ingest(stream, segments_tx, report, chunk);
             let send = carry(out, control, Reel::new(segments), data, helm, turns);
             tokio::pin!(read, send);
             tokio::select! {
