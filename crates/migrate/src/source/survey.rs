@@ -77,9 +77,11 @@ fn judge(
     // Where the link is not full, a burst says more of it than an average.
     let burst = seen.iter().map(|(_, now)| now.delivery_rate).max().unwrap_or(0) as f64;
     let rate = if full { moved } else { moved.max(burst).max(rate) };
+    // What an idle connection knows of the round trip is of another time.
+    let used = seen.iter().filter(|(before, now)| now.bytes_acked > before.bytes_acked);
     Link {
         rtt,
-        kernel_rtt: seen.iter().map(|(_, now)| now.rtt).min(),
+        kernel_rtt: used.map(|(_, now)| now.rtt).min(),
         rate: limit.map_or(rate, |limit| rate.min(limit as f64)),
         full,
     }
@@ -117,5 +119,14 @@ mod tests {
         assert_eq!((burst.full, burst.rate, burst.kernel_rtt), (false, 500e6, Some(MS)));
         assert_eq!(judge(&[(&start, &idle)], MS * 250, None, 1.0, Some(25_000_000)).rate, 25e6);
         assert_eq!(judge(&[], MS * 250, None, 7.0, None), Link { rate: 7.0, ..Link::default() });
+    }
+
+    #[test]
+    fn an_idle_connection_says_nothing_of_the_round_trip() {
+        let start = sample(0, Duration::ZERO);
+        let used = Sample { rtt: MS * 20, ..sample(1000, Duration::ZERO) };
+        let trip = |seen: &[(&Sample, &Sample)]| judge(seen, MS * 250, Some(MS * 20), 1.0, None).kernel_rtt;
+        assert_eq!(trip(&[(&start, &start), (&start, &used)]), Some(MS * 20));
+        assert_eq!(trip(&[(&start, &start)]), None);
     }
 }
