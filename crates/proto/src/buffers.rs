@@ -24,6 +24,24 @@ impl Buffers {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 
+    /// An empty buffer with room for `len` bytes, and for twice as many at most: one that has come back, if one fits. What waits in a
+    /// buffer is counted by its length, so it must not keep much more than that from others.
+    pub fn take_for(&self, len: usize) -> Vec<u8> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |buffer: &Vec<u8>| (len..=len.saturating_mul(2)).contains(&buffer.capacity());
+        match free.iter().position(fits) {
+            Some(at) => {
+                let mut buffer = free.swap_remove(at);
+                buffer.clear();
+                buffer
+            }
+            None => {
+                drop(free);
+                Vec::with_capacity(len)
+            }
+        }
+    }
+
     /// Turns a buffer into bytes that give it back once the last part of them is dropped.
     pub fn share(self: &Arc<Self>, buffer: Vec<u8>) -> Bytes {
         Bytes::from_owner(Lease { buffer, from: Arc::clone(self) })
@@ -67,6 +85,19 @@ mod tests {
         drop(part);
         let again = buffers.take();
         assert_eq!(again.as_ptr(), address);
+    }
+
+    #[test]
+    fn a_buffer_is_taken_again_only_for_what_fills_half_of_it() {
+        let buffers = Buffers::new(100);
+        let buffer = vec![1; 100];
+        let address = buffer.as_ptr();
+        drop(buffers.share(buffer));
+        for len in [0, 49, 101] {
+            assert_ne!(buffers.take_for(len).as_ptr(), address, "{len}");
+        }
+        let again = buffers.take_for(50);
+        assert_eq!((again.as_ptr(), again.len(), again.capacity()), (address, 0, 100));
     }
 
     #[test]

@@ -12,7 +12,8 @@
 //! payloads; the receiver sees headers only.
 //!
 //! Invariants: chunks are applied once, in the order of their sequence numbers, without a gap in the VMM's stream, each header holding the hash
-//! of the one before; what waits never exceeds the window; nothing is applied after the end.
+//! of the one before; what waits to be given out never exceeds the window; nothing is applied after the end. How much is given out and not
+//! applied yet is the driver's to bound.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -333,15 +334,45 @@ mod tests {
         assert_eq!((receiver.poll_apply(), receiver.root()), (Ok(None), None));
         (0..3).for_each(|_| receiver.applied());
         assert_eq!(receiver.root(), Some(chunks[3].header().hash()));
+    }
 
-        // The chain is checked though the one before was not applied yet.
+    #[test]
+    fn what_follows_a_chunk_that_is_being_applied_is_checked_against_it() {
+        let chunks = stream(3);
+        let after_first = |second: ChunkHeader| {
+            let mut receiver = Receiver::new(SESSION, WINDOW);
+            take(&mut receiver, &chunks[0]);
+            receiver.admit(&second).unwrap();
+            assert!(receiver.verified(Seq(1)));
+            receiver.poll_apply().unwrap();
+            receiver.poll_apply().map(|header| header.is_some())
+        };
+        let second = chunks[1].header().clone();
+        assert_eq!(after_first(second.clone()), Ok(true));
+        // It would follow the leg's beginning.
+        let first = ChunkHeader { seq: Seq(1), ..chunks[0].header().clone() };
+        assert_eq!(after_first(first), Err(Violation::Chain(1)));
+        let gap = ChunkHeader { offset: StreamOffset(20), ..second };
+        assert_eq!(after_first(gap), Err(Violation::Chain(1)));
+
         let mut receiver = Receiver::new(SESSION, WINDOW);
-        take(&mut receiver, &chunks[0]);
-        take(&mut receiver, &stream(1)[1]);
-        let end = receiver.admit(&ChunkHeader { seq: Seq(2), ..chunks[2].header().clone() });
-        assert_eq!(end, Ok(Admission::Take));
-        assert!(receiver.verified(Seq(2)));
+        let newer = ChunkHeader { version: PageVersion(7), ..chunks[0].header().clone() };
+        let older = ChunkHeader { prev: newer.hash(), ..chunks[1].header().clone() };
+        for header in [&newer, &older] {
+            receiver.admit(header).unwrap();
+            assert!(receiver.verified(header.seq));
+        }
         receiver.poll_apply().unwrap();
+        assert_eq!(receiver.poll_apply(), Err(Violation::OldRound(1)));
+
+        // The end is being applied, and something comes after it.
+        let ending = stream(1);
+        let mut receiver = Receiver::new(SESSION, WINDOW);
+        ending.iter().for_each(|chunk| take(&mut receiver, chunk));
+        (0..2).for_each(|_| assert!(receiver.poll_apply().unwrap().is_some()));
+        let late = ChunkHeader { seq: Seq(2), ..chunks[2].header().clone() };
+        receiver.admit(&late).unwrap();
+        assert!(receiver.verified(Seq(2)));
         assert_eq!(receiver.poll_apply(), Err(Violation::AfterEnd(2)));
     }
 

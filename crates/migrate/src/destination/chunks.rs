@@ -47,9 +47,12 @@ const SWIFT: f64 = 1e6;
 /// Bytes of payload buffers that are kept for the next chunks: as many as wait to be verified and applied where that goes on
 /// as fast as they come.
 const KEEP: usize = 8 << 20;
+/// The shortest payload whose buffer is kept: memory for less does not go back to the system.
+const KEPT: usize = 64 << 10;
 
-/// Bytes of the VMM's stream from which on chunks that wait are not applied together: what comes meanwhile waits for them.
-const TOGETHER: u64 = 2 << 20;
+/// Chunks that are applied together at most, if they wait. To hand one over to another thread and back costs as much as to apply a part of
+/// it; acknowledgements and orders wait until all of them are applied.
+const TOGETHER: usize = 4;
 
 /// How long the source may take to begin another leg where a page did not prove itself.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -252,15 +255,13 @@ impl Stage {
         Ok(None)
     }
 
-    /// The chunks that are next in order, with their headers. Several at once where they wait: to hand one over to another thread
-    /// and back costs as much as to apply a part of it.
+    /// The chunks that are next in order, with their headers.
     fn next(&mut self, incoming: &Incoming) -> Result<(Vec<ChunkHeader>, Vec<Ready>), Failure> {
         let mut receiver = lock(&self.receiver);
-        let (mut headers, mut chunks, mut bytes) = (Vec::new(), Vec::new(), 0);
-        while bytes < TOGETHER {
+        let (mut headers, mut chunks) = (Vec::new(), Vec::new());
+        while headers.len() < TOGETHER {
             match receiver.poll_apply() {
                 Ok(Some(header)) => {
-                    bytes += u64::from(header.stream_len);
                     chunks.push(self.ready.remove(&header.seq).unwrap_or(Ready::Stream(Bytes::new())));
                     headers.push(header);
                 }
@@ -381,12 +382,7 @@ impl Link {
         let admission = lock(&self.receiver).admit(header.header());
         let admission = admission.map_err(|v| ReadError::Attack(attack(v.kind(), &v)))?;
         let guard = Admitted { receiver: &self.receiver, seq: (admission == Admission::Take).then_some(seq) };
-        let mut payload = self.buffers.take();
-        payload.clear();
-        if payload.capacity() < len {
-            // Nothing of the old one is worth a copy.
-            payload = Vec::with_capacity(len);
-        }
+        let mut payload = if len < KEPT { Vec::with_capacity(len) } else { self.buffers.take_for(len) };
         let mut limited = tokio::io::AsyncReadExt::take(&mut *reader, len as u64);
         let (gauge, began) = (limited.get_ref().gauge(), Instant::now());
         while payload.len() < len {
@@ -404,7 +400,7 @@ impl Link {
         }
         *swift = len as f64 >= SWIFT * began.elapsed().as_secs_f64();
         self.incoming.counters.wire.add((SIGNED_HEADER_LEN + dwcp_proto::frame::HEAD_LEN + len) as u64);
-        let payload = self.buffers.share(payload);
+        let payload = if len < KEPT { Bytes::from(payload) } else { self.buffers.share(payload) };
         if admission == Admission::Duplicate {
             return Ok(());
         }

@@ -24,8 +24,8 @@ use crate::report::Report;
 /// Bytes of guest pages in one chunk. Larger chunks cost less each; what lies in the pipeline when the guest stops adds to its
 /// downtime. Compression gains less than half a percent from 256 KiB to 512 KiB.
 const CHUNK: usize = 512 << 10;
-/// The same where the network is fast and the guest has [`LARGE`] RAM: a signature, its check, and some wakings take as long as to hash
-/// 300 KiB.
+/// The same where the network is fast and the guest has [`LARGE`] RAM: half as many signatures, checks of them, and hand-overs
+/// between threads.
 const LARGE_CHUNK: usize = 1 << 20;
 /// Bytes of RAM of a large guest. With a smaller one too much of it would be under way before a path could change.
 const LARGE: u64 = 1 << 30;
@@ -89,7 +89,8 @@ impl IngestError {
     }
 }
 
-/// Reads `inlet` to its end, in segments of about `chunk` bytes; returns the stream's length. Back-pressure is by `segments` being full: then nothing more is read, and the VMM waits.
+/// Reads `inlet` to its end, in segments of about `chunk` bytes; returns the stream's length. Back-pressure is by `segments` being full:
+/// then nothing more is read, and the VMM waits.
 pub(crate) async fn ingest(
     inlet: Arc<Inlet>,
     segments: mpsc::Sender<Segment>,
