@@ -1,6 +1,8 @@
 //! A migration that has a session, at its source: one task that listens to the peer, the VMM, the data path, the clock and the
 //! operator, and feeds the handover.
 
+mod launch;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,24 +12,19 @@ use dwcp_proto::message::{Body, StreamEnd};
 use dwcp_proto::mode::ModeChoice;
 use dwcp_proto::path::Cause;
 use dwcp_proto::{MigrationId, Mode, Path};
-use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus, Parameters, Qemu};
-use dwcp_vmm::socket::{self, MigrationListener};
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
-use tracing::{Instrument, debug, warn};
+use tracing::{debug, warn};
 
-use super::breaker::Breaker;
-use super::carry::{Peer, carry};
-use super::helm::{Helm, SwitchOrder};
-use super::ingest::{IngestError, Inlet};
-use super::reel::Reel;
-use super::{Outgoing, cancelled, ingest};
+use super::carry::Peer;
+use super::helm::SwitchOrder;
+use super::ingest::Inlet;
+use super::{Outgoing, cancelled};
 use crate::control::{Control, Event};
-use crate::counters::Counters;
 use crate::error::{Blame, Failure};
-use crate::guest::{Guest, next_event, open_failure, qmp_failure, socket_failure};
-use crate::handshake::nonce;
+use crate::guest::{Guest, next_event};
 use crate::metrics::InFlight;
 use crate::pilot::{Pilot, Step};
 use crate::reins::{Pull, Reins};
@@ -40,8 +37,6 @@ use crate::status::Phase;
 const TICK: Duration = Duration::from_millis(250);
 /// Between two tries of what a VMM or the journal refused.
 const RETRY: Duration = Duration::from_secs(1);
-/// QEMU (8.2+) is told the measured rate anew when it has changed by this share.
-const TELL_RATE: f64 = 0.1;
 /// How long the guest may stand still waiting for a lost link before it is taken back.
 const SWITCHOVER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long precopy waits for a lost link.
@@ -50,8 +45,6 @@ const PRECOPY_PATIENCE: Duration = Duration::from_secs(3600);
 const GRACE: Duration = Duration::from_secs(8);
 /// Changes of path that may wait to be recorded.
 const TURNS: usize = 16;
-/// No limit, as QEMU understands it: what the agent takes is what bounds it.
-const UNLIMITED: u64 = 1 << 40;
 
 /// The state of a migration that has a session.
 pub(super) struct Run {
@@ -320,92 +313,6 @@ impl Run {
         }
     }
 
-    /// Lets QEMU migrate into our socket, and starts the data path.
-    async fn start(&mut self) -> Result<(), Failure> {
-        let qemu = self.guest.reach().await.map_err(qmp_failure)?;
-        let multifd = self.channels.is_multifd();
-        let off = ["return-path", "xbzrle", "compress", "postcopy-ram", "x-ignore-shared", "x-colo"];
-        let mut capabilities = vec![("events", true), ("late-block-activate", true), ("multifd", multifd)];
-        capabilities.extend(off.map(|name| (name, false)));
-        let unknown = qemu.set_capabilities(&capabilities).await.map_err(qmp_failure)?;
-        if unknown.contains(&"events") {
-            let text = "this QEMU does not report the migration's progress (capability events)";
-            return Err(Failure::new("vmm_too_old", Blame::Vmm, text, "use QEMU 2.4 or newer"));
-        }
-        if multifd && unknown.contains(&"multifd") {
-            let text = "this QEMU has no multifd";
-            return Err(Failure::new(
-                "vmm_too_old",
-                Blame::Vmm,
-                text,
-                "leave --channels out, or use QEMU 4.0 or newer",
-            ));
-        }
-        let parameters = Parameters {
-            downtime_limit: Some(self.vmm_limit),
-            max_bandwidth: Some(UNLIMITED),
-            multifd_channels: multifd.then_some(self.channels.count()),
-            multifd_compression: multifd.then(|| "none".to_owned()),
-            // One way for all versions: zero pages on the main channel.
-            zero_page_detection: multifd.then(|| "legacy".to_owned()),
-            ..Parameters::default()
-        };
-        qemu.set_parameters(&parameters).await.map_err(qmp_failure)?;
-        let inlet = match multifd {
-            true => Inlet::Channels(self.open_channels(&qemu).await?),
-            false => Inlet::Main(socket::open_outgoing(&qemu).await.map_err(open_failure)?),
-        };
-        let stream = Arc::new(inlet);
-        self.guest.writes_to(&stream);
-        self.stream = Some(stream.clone());
-        let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
-        let Some(data) = self.data.take() else { return Ok(()) };
-        let (Some(switches), Some(mode)) = (self.switches.take(), self.mode.take()) else { return Ok(()) };
-        let (out, control) = (self.outgoing.clone(), self.control.clone());
-        let (report, leg, config) = (self.report.clone(), out.leg(), &self.shared.config);
-        let stopped = self.stopped.subscribe();
-        let helm = Helm::new(
-            leg.path,
-            self.fixed,
-            mode,
-            config.gate.clone(),
-            switches,
-            stopped,
-            Breaker::new(&config.limits),
-        );
-        let turns = self.turns_tx.clone();
-        let chunk = ingest::chunk(leg.mode, self.ram);
-        let carry = async move {
-            let read = ingest::ingest(stream, segments_tx, report, chunk);
-            let send = carry(out, control, Reel::new(segments), data, helm, turns);
-            tokio::pin!(read, send);
-            tokio::select! {
-                outcome = &mut send => outcome,
-                // The end of the stream: whether it is a good one is the VMM's to say.
-                read = &mut read => match read.err().and_then(IngestError::failure) {
-                    Some(failure) => Err(failure),
-                    None => send.await,
-                },
-            }
-        };
-        self.transport.spawn(carry.in_current_span());
-        let counters = self.outgoing.counters.clone();
-        self.monitor.spawn(monitor(self.guest.clone(), counters, self.info_tx.clone()));
-        self.report.set(|s| s.phase = Phase::Precopy);
-        let why = self.report.status().transport_reason.unwrap_or_default();
-        self.pilot.note("precopy", format!("over {}: {why}", self.outgoing.leg().transport())).await;
-        Ok(())
-    }
-
-    /// Lets QEMU connect to a socket of ours as often as it has channels. The socket's file is gone afterwards.
-    async fn open_channels(&self, qemu: &Qemu) -> Result<socket::Channels, Failure> {
-        let name: String = nonce()?[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-        let listener =
-            MigrationListener::bind_secret(&self.shared.config.sockets, &name).map_err(socket_failure)?;
-        let channels = socket::open_channels(qemu, &listener, self.channels.count().into()).await;
-        channels.map_err(open_failure)
-    }
-
     async fn control_event(&mut self, event: Event) {
         match event {
             Event::Up => {
@@ -660,38 +567,6 @@ impl Run {
         self.shared.metrics.ended(&status);
         let how = if self.report.is_due() { "aborted, and another attempt follows" } else { &status.status };
         self.pilot.note("ended", how).await;
-    }
-}
-
-/// Asks the VMM how far it is. A task of its own: while QEMU writes the last of its stream it holds the lock that QMP needs, so
-/// an answer may have to wait for the very data path that the migration's task serves.
-async fn monitor(guest: Arc<Guest>, counters: Arc<Counters>, info: mpsc::Sender<MigrationInfo>) {
-    let mut tick = interval(TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told = 0.0;
-    loop {
-        tick.tick().await;
-        // How fast the last round will really go: what the link carries, counted in the VMM's bytes.
-        let ratio = counters.raw.load() as f64 / counters.wire.load().max(1) as f64;
-        let rate = counters.rate.load() as f64 * ratio;
-        if rate > 0.0 && (rate / told - 1.0).abs() > TELL_RATE {
-            told = rate;
-            let parameters =
-                Parameters { avail_switchover_bandwidth: Some(rate as u64), ..Parameters::default() };
-            let outcome = match guest.reach().await {
-                Ok(qemu) => qemu.set_parameters(&parameters).await,
-                Err(error) => Err(error),
-            };
-            if let Err(error) = outcome {
-                debug!(%error, "the measured rate was not told to QEMU");
-            }
-        }
-        if let Ok(qemu) = guest.reach().await
-            && let Ok(answer) = qemu.migration().await
-            && info.send(answer).await.is_err()
-        {
-            return;
-        }
     }
 }
 
