@@ -94,7 +94,8 @@ mod tests {
         let address = buffer.as_ptr();
         drop(buffers.share(buffer));
         for len in [0, 49, 101] {
-            assert_ne!(buffers.take_for(len).as_ptr(), address, "{len}");
+            let other = buffers.take_for(len);
+            assert_ne!(other.as_ptr(), address, "{len}");
         }
         let again = buffers.take_for(50);
         assert_eq!((again.as_ptr(), again.len(), again.capacity()), (address, 0, 100));
