@@ -26,6 +26,7 @@
 //! [`sim`] has a guest and a VMM that need no hypervisor. Nothing here knows of agents, chunks or networks.
 
 pub mod describe;
+pub mod direct;
 pub mod kept;
 pub mod mapped;
 pub mod multifd;
