@@ -72,6 +72,14 @@ fn pages(base: u64, pages: Range<u64>) -> Range<u64> {
     base + pages.start * PAGE..base + pages.end * PAGE
 }
 
+/// Waits for so short that a sleep would take far longer.
+fn spin(time: Duration) {
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
 #[test]
 fn written_pages_are_told_exactly_and_once() {
     let mut kid = Kid::start("plain", 64);
@@ -134,6 +142,13 @@ fn what_cannot_be_tracked_is_refused_by_name() {
     let mut kid = Kid::start("seccomp", 4);
     let error = userfaultfd_in(kid.pid(), kid.pidfd.as_fd()).unwrap_err();
     assert!(matches!(error, InjectError::Filtered { .. }), "{error}");
+    kid.is_healthy();
+
+    let mut kid = Kid::start("plain", 4);
+    kid.stop(true);
+    let error = userfaultfd_in(kid.pid(), kid.pidfd.as_fd()).unwrap_err();
+    assert!(matches!(error, InjectError::Stopped { .. }), "{error}");
+    kid.stop(false);
     kid.is_healthy();
     kid.kill();
     let error = userfaultfd_in(kid.pid(), kid.pidfd.as_fd()).unwrap_err();
@@ -198,14 +213,84 @@ fn a_process_lives_on_when_its_injector_is_killed_at_any_time() {
         let mut lines = BufReader::new(injector.0.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap().contains("> injected")), "it injects");
         // Another moment each time; an injection takes some hundred microseconds.
-        let moment = Instant::now() + Duration::from_micros(round * 37 % 2000);
-        while Instant::now() < moment {
-            std::hint::spin_loop();
-        }
+        spin(Duration::from_micros(round * 37 % 2000));
         drop(injector);
         kid.is_healthy();
     }
     by_thread(kid.pid(), kid.pidfd.as_fd(), None).unwrap();
     let files = kid.files();
     assert!(!files.iter().any(|file| file.contains("userfaultfd")), "{files:?}");
+}
+
+/// Of signals that come while a thread is led, none is lost and none comes twice; nor when the injector dies with them.
+#[test]
+fn signals_find_their_handlers_in_the_midst_of_injections() {
+    let mut kid = Kid::start("plain", 4);
+    let mut sent = 0;
+    for tid in kid.tids.clone() {
+        let (pid, pidfd) = (kid.pid(), kid.pidfd.as_fd());
+        std::thread::scope(|scope| {
+            let injector = scope.spawn(move || {
+                for _ in 0..100 {
+                    by_thread(pid, pidfd, Some(tid)).unwrap();
+                }
+            });
+            while !injector.is_finished() {
+                kid.signal(tid);
+                sent += 1;
+                // Several stops follow from each: more often, and they are all that the thread does.
+                spin(Duration::from_millis(1));
+            }
+        });
+        kid.is_healthy();
+        kid.do_(&format!("handled {sent}"));
+    }
+    for round in 0..20 {
+        let tid = kid.tids[round % kid.tids.len()];
+        let mut injector = Injector::start(&kid, "", &[tid]);
+        let mut lines = BufReader::new(injector.0.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().contains("> injected")), "it injects");
+        for _ in 0..100 + round * 7 {
+            kid.signal(tid);
+            sent += 1;
+        }
+        drop(injector);
+        kid.is_healthy();
+        kid.do_(&format!("handled {sent}"));
+    }
+}
+
+#[test]
+fn a_thread_that_does_not_stop_is_given_up_and_others_are_not_kept() {
+    let mut kid = Kid::start("stuck", 4);
+    let stuck = kid.tids[3];
+    let error = by_thread(kid.pid(), kid.pidfd.as_fd(), Some(stuck)).unwrap_err();
+    assert!(matches!(error, InjectError::Busy { .. }), "{error}");
+    by_thread(kid.pid(), kid.pidfd.as_fd(), None).unwrap();
+    kid.is_healthy();
+    kid.do_("release");
+    kid.is_healthy();
+    by_thread(kid.pid(), kid.pidfd.as_fd(), Some(stuck)).unwrap();
+    kid.is_healthy();
+}
+
+#[test]
+fn a_process_that_is_killed_meanwhile_is_an_error() {
+    for round in 0..20 {
+        let mut kid = Kid::start("plain", 4);
+        let (pid, tid) = (kid.pid(), kid.tids[round % 4]);
+        let pidfd = kid.pidfd.try_clone().unwrap();
+        let injector = std::thread::spawn(move || {
+            loop {
+                if let Err(error) = by_thread(pid, pidfd.as_fd(), Some(tid)) {
+                    return error;
+                }
+            }
+        });
+        spin(Duration::from_micros(round as u64 * 337));
+        kid.kill_only();
+        let error = injector.join().unwrap();
+        assert!(matches!(error, InjectError::Gone { .. }), "{error:?}");
+        kid.kill();
+    }
 }

@@ -14,14 +14,17 @@ const EVENT_STOP: c_int = 128;
 const SYSCALL_STOP: c_int = libc::SIGTRAP | 0x80;
 /// `PTRACE_SYSCALL_INFO_EXIT` of linux/ptrace.h.
 const SYSCALL_EXIT: u8 = 2;
-/// How long to pause between two looks: a thread that can stop does so within microseconds.
-const PAUSE: Duration = Duration::from_micros(20);
+/// How long to look without a pause: a thread that can stop does so within microseconds, and stands still meanwhile.
+const EAGER: Duration = Duration::from_micros(200);
+/// How long to pause between two looks after that.
+const PAUSE: Duration = Duration::from_micros(200);
 
 /// A thread of another process that this thread traces. It is let go with this value; if it does not stand still then, when
 /// this thread ends.
 #[derive(Debug)]
 pub(super) struct Traced {
     tid: i32,
+    is_main: bool,
 }
 
 /// Why a thread stands still.
@@ -53,9 +56,9 @@ pub(super) struct Returned {
 impl Traced {
     /// Begins to trace a thread, which goes on running. It is not killed if we end, and a stop at a system call cannot be
     /// taken for a SIGTRAP then.
-    pub(super) fn seize(tid: i32) -> io::Result<Self> {
+    pub(super) fn seize(tid: i32, is_main: bool) -> io::Result<Self> {
         call(libc::PTRACE_SEIZE, tid, ptr::null_mut(), libc::PTRACE_O_TRACESYSGOOD as usize as *mut c_void)?;
-        Ok(Traced { tid })
+        Ok(Traced { tid, is_main })
     }
 
     /// Makes it stop soon.
@@ -75,14 +78,20 @@ impl Traced {
 
     /// Waits until it stands still; `None` if it does not by then.
     pub(super) fn wait(&self, until: Instant) -> io::Result<Option<Stop>> {
+        let begun = Instant::now();
         loop {
             if let Some(stop) = self.look()? {
                 return Ok(Some(stop));
             }
-            if Instant::now() >= until {
+            let now = Instant::now();
+            if now >= until {
                 return Ok(None);
             }
-            std::thread::sleep(PAUSE);
+            if now - begun < EAGER {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(PAUSE);
+            }
         }
     }
 
@@ -136,11 +145,19 @@ impl Traced {
     /// Why it stands still; `None` if it does not. The event is left where it is: the kernel hands a signal on if we die
     /// before we do, but not if we have consumed it.
     fn look(&self) -> io::Result<Option<Stop>> {
-        const FLAGS: c_int =
-            libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL | libc::__WNOTHREAD;
+        match self.event(libc::WEXITED | libc::WSTOPPED | libc::WNOWAIT)? {
+            // A dead thread that is traced keeps its process from ending until its tracer has seen it. The main one is for the
+            // process's parent to see.
+            Some(Stop::Gone) if !self.is_main => self.event(libc::WEXITED),
+            event => Ok(event),
+        }
+    }
+
+    fn event(&self, which: c_int) -> io::Result<Option<Stop>> {
+        let flags = which | libc::WNOHANG | libc::__WALL | libc::__WNOTHREAD;
         let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
         // SAFETY: the kernel writes one `siginfo_t`, to `info`.
-        let status = unsafe { libc::waitid(libc::P_PID, self.tid as libc::id_t, info.as_mut_ptr(), FLAGS) };
+        let status = unsafe { libc::waitid(libc::P_PID, self.tid as libc::id_t, info.as_mut_ptr(), flags) };
         if status != 0 {
             let error = io::Error::last_os_error();
             return match error.raw_os_error() {

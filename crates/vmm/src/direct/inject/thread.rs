@@ -64,7 +64,7 @@ impl Injector<'_> {
         drop(memory);
         let mut stuck = Vec::new();
         loop {
-            for tid in self.threads()?.into_iter() {
+            for tid in self.threads()? {
                 if stuck.contains(&tid) {
                     continue;
                 }
@@ -74,11 +74,14 @@ impl Injector<'_> {
                     Outcome::Stuck => stuck.push(tid),
                 }
                 if Instant::now() >= self.until {
-                    return Err(InjectError::Busy { pid: self.pid, within: PATIENCE });
+                    break;
                 }
             }
             if self.has_ended() {
                 return Err(InjectError::Gone { pid: self.pid });
+            }
+            if Instant::now() >= self.until {
+                return Err(InjectError::Busy { pid: self.pid, within: PATIENCE });
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -89,10 +92,14 @@ impl Injector<'_> {
         if !self.is_fit(tid)? {
             return Ok(Outcome::Unsuitable);
         }
-        let traced = match Traced::seize(tid) {
+        let traced = match Traced::seize(tid, tid == self.pid) {
             Ok(traced) => traced,
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(Outcome::Unsuitable),
-            Err(error) => return Err(self.failed(error)),
+            Err(error) => {
+                // Somebody else may have come first.
+                self.is_fit(tid)?;
+                return Err(self.failed(error));
+            }
         };
         reached("seized");
         // While it lives nobody else can have its number.

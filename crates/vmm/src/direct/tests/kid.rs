@@ -8,17 +8,21 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use rustix::thread::gettid;
 
 use super::{LIMIT, PAGE};
 
 /// Set in a kid: what is special about it.
 const KIND: &str = "DWCP_TEST_KID";
+/// Signals that were handled.
+static HANDLED: AtomicU64 = AtomicU64::new(0);
+/// The end of a pipe that keeps a stuck thread stuck.
+static STUCK_END: AtomicI32 = AtomicI32::new(-1);
 /// How long its poll(2) waits.
 const POLLED: Duration = Duration::from_millis(5);
 
@@ -29,7 +33,7 @@ pub(super) struct Kid {
     pub(super) pidfd: OwnedFd,
     pub(super) shared: u64,
     pub(super) private: u64,
-    /// Threads: one each that waits in poll(2), waits in read(2), and computes.
+    /// Threads: one each that waits in poll(2), waits in read(2), computes, and waits for a message.
     pub(super) tids: Vec<i32>,
 }
 
@@ -82,6 +86,23 @@ impl Kid {
         self.process.wait().unwrap();
     }
 
+    /// Sends a thread a signal that has a handler, and of which none is lost (signal(7), real-time signals).
+    pub(super) fn signal(&self, tid: i32) {
+        // SAFETY: a plain system call.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_tgkill, self.pid(), tid, libc::SIGRTMIN()) }, 0);
+    }
+
+    /// Stops it, or lets it go on.
+    pub(super) fn stop(&self, stop: bool) {
+        let signal = if stop { Signal::STOP } else { Signal::CONT };
+        kill_process(Pid::from_raw(self.pid()).unwrap(), signal).unwrap();
+    }
+
+    /// Kills it, and leaves it a zombie.
+    pub(super) fn kill_only(&self) {
+        kill_process(Pid::from_raw(self.pid()).unwrap(), Signal::KILL).unwrap();
+    }
+
     /// The files that it has open.
     pub(super) fn files(&self) -> Vec<String> {
         let folder = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
@@ -116,7 +137,11 @@ pub(super) fn run() {
     if kind == "seccomp" {
         filter();
     }
-    let workers = [Worker::start(polling), Worker::start(reading()), Worker::start(computing)];
+    handle();
+    let (sleeper, release) = sleeping(kind == "stuck");
+    let mut release = Some(release);
+    let workers =
+        [Worker::start(polling), Worker::start(reading()), Worker::start(computing), Worker::start(sleeper)];
     let tids: Vec<_> = workers.iter().map(|worker| worker.tid.to_string()).collect();
     println!("> {} {} {}", memories[0], memories[1], tids.join(" "));
     for line in std::io::stdin().lines() {
@@ -140,7 +165,18 @@ pub(super) fn run() {
                 // SAFETY: the same; the kernel writes 6 bytes.
                 assert_eq!(unsafe { libc::read(from.as_raw_fd(), place(words[2]).cast(), 6) }, 6);
             }
-            "check" => workers.iter().for_each(Worker::check),
+            "check" => workers[..if release.is_some() && kind == "stuck" { 3 } else { 4 }]
+                .iter()
+                .for_each(Worker::check),
+            "release" => release = None,
+            "handled" => {
+                let (expected, begun) = (words[1].parse::<u64>().unwrap(), Instant::now());
+                while HANDLED.load(Ordering::SeqCst) != expected {
+                    let handled = HANDLED.load(Ordering::SeqCst);
+                    assert!(begun.elapsed() < LIMIT, "{handled} of {expected} signals");
+                    std::thread::yield_now();
+                }
+            }
             other => panic!("{other}"),
         }
         println!("> done");
@@ -170,6 +206,24 @@ fn filter() {
         let (set, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_TSYNC);
         assert_eq!(libc::syscall(libc::SYS_seccomp, set, flags, &program), 0);
     }
+}
+
+/// Counts signals. The system calls that they interrupt are restarted, but for poll(2), which never is after a handler.
+fn handle() {
+    extern "C" fn handler(_: libc::c_int) {
+        HANDLED.fetch_add(1, Ordering::SeqCst);
+        // A handler may do system calls; a tracer sees them.
+        let _ = rustix::process::getppid();
+    }
+    let action = libc::sigaction {
+        sa_sigaction: handler as *const () as usize,
+        // SAFETY: an empty set is all zeroes.
+        sa_mask: unsafe { std::mem::zeroed() },
+        sa_flags: libc::SA_RESTART,
+        sa_restorer: None,
+    };
+    // SAFETY: the handler only adds to an atomic and does a system call.
+    assert_eq!(unsafe { libc::sigaction(libc::SIGRTMIN(), &action, ptr::null_mut()) }, 0);
 }
 
 /// A thread that does the same for ever, and says whether it still comes out right.
@@ -206,12 +260,12 @@ impl Worker {
     }
 }
 
-/// A poll(2) that is interrupted is restarted for the rest of its time, and never says EINTR.
+/// A poll(2) that is interrupted is restarted for the rest of its time, and says EINTR only after a handler.
 fn polling() -> bool {
     let begun = Instant::now();
     // SAFETY: no descriptors are passed.
     let ready = unsafe { libc::poll(ptr::null_mut(), 0, POLLED.as_millis() as i32) };
-    ready == 0 && begun.elapsed() >= POLLED
+    (ready == 0 && begun.elapsed() >= POLLED) || (ready < 0 && HANDLED.load(Ordering::SeqCst) > 0)
 }
 
 /// What is written to a pipe comes out of it in order, by reads that mostly have to wait.
@@ -232,6 +286,31 @@ fn reading() -> impl FnMut() -> bool {
         expected += 1;
         is_right
     }
+}
+
+/// Waits in a way that only a kill ends, first of all, until the other value is dropped, if it is to be `stuck`; and then on a futex.
+fn sleeping(stuck: bool) -> (impl FnMut() -> bool, std::io::PipeWriter) {
+    let (mut from, to) = std::io::pipe().unwrap();
+    let mut stuck = stuck;
+    let turn = move || {
+        if std::mem::take(&mut stuck) {
+            // SAFETY: like fork(2), but that the thread waits until the new process ends. That one only reads and ends; it has no
+            // other end of the pipe, since that would keep it open.
+            unsafe {
+                let flags = libc::CLONE_VFORK | libc::SIGCHLD;
+                if libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) == 0 {
+                    libc::close(STUCK_END.load(Ordering::SeqCst));
+                    let _ = from.read(&mut [0]);
+                    libc::_exit(0);
+                }
+            }
+        }
+        let begun = Instant::now();
+        std::thread::park_timeout(POLLED);
+        begun.elapsed() >= POLLED
+    };
+    STUCK_END.store(to.as_raw_fd(), Ordering::SeqCst);
+    (turn, to)
 }
 
 /// Registers, flags and what lies right below the stack pointer are as they were left.
