@@ -62,6 +62,9 @@ pub struct AgentConfig {
     pub extra: String,
 }
 
+/// [`AgentConfig::extra`] of an agent that may attach to its VMMs, and writes into mapped RAM all the same.
+pub const ATTACHES: &str = "[vmm]\nattach = \"ptrace\"\noutlive = false\n";
+
 impl Default for AgentConfig {
     /// Any path may be asked for, and all of it is encrypted.
     fn default() -> Self {

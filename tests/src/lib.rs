@@ -35,7 +35,7 @@ mod wait;
 mod wan;
 mod watch;
 
-pub use agent::{Agent, AgentConfig, CtlOutput, Listen};
+pub use agent::{ATTACHES, Agent, AgentConfig, CtlOutput, Listen};
 pub use cgroup::MemoryGroup;
 pub use faults::{FAULTS, FaultRow, OFF, Shown, WITHOUT, Without};
 pub use guest::{GuestLoad, Mix, Report, SerialLog};

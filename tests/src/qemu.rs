@@ -44,8 +44,15 @@ pub enum Backing {
     Anonymous,
     /// A shared memfd.
     Memfd,
-    /// A shared file, made by QEMU.
+    /// A shared file, made by QEMU; with a folder an unlinked one in it.
     File(PathBuf),
+}
+
+impl Backing {
+    /// A shared file of this machine's memory, which is gone with its QEMU: each makes its own in the folder.
+    pub fn shared_file() -> Self {
+        Backing::File("/dev/shm".into())
+    }
 }
 
 /// How to start a QEMU; [`QemuSpec::new`] and change what matters.

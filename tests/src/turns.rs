@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::agent::AgentConfig;
+use crate::agent::{ATTACHES, AgentConfig};
 use crate::guest::GuestLoad;
 use crate::kit::{Kit, QemuVersion};
-use crate::qemu::{QemuSpec, Role};
+use crate::qemu::{Backing, QemuSpec, Role};
 use crate::ram;
 use crate::relay::Relay;
 use crate::scene::Scene;
@@ -41,6 +41,8 @@ pub struct Plan {
     pub bandwidth: String,
     /// From QEMU to its agent: 1, or so many with multifd.
     pub channels: u8,
+    /// The agent reads the guest's RAM itself.
+    pub direct: bool,
 }
 
 /// What came of it.
@@ -62,11 +64,15 @@ pub fn turn_in_flight(kit: &Kit, plan: &Plan) -> Result<Outcome> {
     let flags = tempfile::tempdir()?;
     let flag = Flag(flags.path().join("flag.json"));
     flag.turn(true)?;
-    let config = || AgentConfig { flags: format!("file:{}", flag.0.display()), ..AgentConfig::default() };
+    let mut config = AgentConfig { flags: format!("file:{}", flag.0.display()), ..AgentConfig::default() };
     let mut spec = QemuSpec::new(plan.version, Role::Source);
+    if plan.direct {
+        config.extra = ATTACHES.into();
+        spec.backing = Backing::shared_file();
+    }
     spec.load = GuestLoad { rate: 200, ..GuestLoad::default() };
     // The destination's own flag stays on: one hand turns.
-    let mut scene = Scene::with(kit, spec.clone(), config(), AgentConfig::default())?;
+    let mut scene = Scene::with(kit, spec.clone(), config, AgentConfig::default())?;
     if !plan.live {
         scene.from.watch().run("stop", serde_json::json!({}))?;
     }
@@ -78,7 +84,8 @@ pub fn turn_in_flight(kit: &Kit, plan: &Plan) -> Result<Outcome> {
     let hand = Mutex::new(Hand::default());
     let channels = plan.channels.to_string();
     let slow = ["--mode", "internet", "--bandwidth-limit", &plan.bandwidth, "--downtime-limit", "500ms"];
-    let arguments = [&slow[..], &["--channels", &channels, "--id", ID]].concat();
+    let source = if plan.direct { "direct" } else { "auto" };
+    let arguments = [&slow[..], &["--channels", &channels, "--source", source, "--id", ID]].concat();
     let result = std::thread::scope(|scope| {
         let turner = scope.spawn(|| turn(&scene, &relay, &flag, plan, &hand));
         let result = scene.migrate(&arguments)?.success()?.json();

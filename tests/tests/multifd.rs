@@ -126,6 +126,7 @@ fn the_flag_turns_while_a_live_guest_comes_from_4_channels() -> Result<()> {
         cut: false,
         bandwidth: "60Mbit".into(),
         channels: 4,
+        direct: false,
     };
     let outcome = turn_in_flight(&kit, &plan)?;
     ensure!(outcome.late_v3_bytes == 0 && outcome.result["channels"] == 4, "{outcome:?}");

@@ -15,6 +15,7 @@ fn a_live_guest_turns_to_v1_and_back_and_again() -> Result<()> {
         cut: false,
         bandwidth: "60Mbit".into(),
         channels: 1,
+        direct: false,
     };
     let outcome = turn_in_flight(&kit, &plan)?;
     ensure!(outcome.late_v3_bytes == 0, "{outcome:?}");
@@ -34,6 +35,7 @@ fn a_paused_guest_turns_to_v1_while_its_link_is_cut() -> Result<()> {
         cut: true,
         bandwidth: "80Mbit".into(),
         channels: 1,
+        direct: false,
     };
     let outcome = turn_in_flight(&kit, &plan)?;
     ensure!(outcome.late_v3_bytes == 0, "{outcome:?}");

@@ -94,6 +94,7 @@ fn switch(runs: u32, seed: u64) -> Result<()> {
             cut: n % 4 == 1,
             bandwidth: "60Mbit".into(),
             channels: 1,
+            direct: false,
         };
         let outcome = turn_in_flight(&kit, &plan);
         let (words, good) = row(n, &plan, outcome.as_ref());

@@ -367,15 +367,23 @@ impl Default for Link {
 }
 
 /// What the agent may touch of the VMMs.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Vmm {
-    /// Whether the agent may attach to QEMU's process, so that precopy outlives this agent at the destination.
+    /// Whether the agent may attach to QEMU's process.
     pub(crate) attach: Attach,
+    /// Whether it does so that precopy outlives this agent at the destination. Then all pages go through the VMM's socket.
+    pub(crate) outlive: bool,
     /// Folders in which QMP and relay sockets must lie; any absolute path where empty.
     pub(crate) paths: Vec<Absolute>,
     /// Where the sockets lie to which QEMU connects for multifd; `sockets` in the state folder where absent.
     pub(crate) sockets: Option<Absolute>,
+}
+
+impl Default for Vmm {
+    fn default() -> Self {
+        Vmm { attach: Attach::None, outlive: true, paths: Vec::new(), sockets: None }
+    }
 }
 
 /// Whether the agent may attach to QEMU's process.

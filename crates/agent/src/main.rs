@@ -136,6 +136,7 @@ async fn life(config: Config) -> Result<(), Failure> {
             .as_ref()
             .map_or_else(|| state.path().join("sockets"), |path| path.0.clone()),
         attach: config.vmm.attach == Attach::Ptrace,
+        outlive: config.vmm.attach == Attach::Ptrace && config.vmm.outlive,
         listen: config.listen.data,
     });
     let engine = tokio::select! {

@@ -373,6 +373,7 @@ peers = "{root}/peers"
             vmm: None,
             attempt: 1,
             again: None,
+            halts: false,
         };
         let entries = [
             Entry::Prepared(Prepared { job, guest_ran: true, on_success: Afterwards::Leave }.into()),

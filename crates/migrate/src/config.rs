@@ -195,8 +195,10 @@ pub struct EngineConfig {
     pub gate: watch::Receiver<Gate>,
     /// Where the sockets lie to which VMMs with multifd connect; made when it is needed. A VMM of another user has to be able to enter it.
     pub sockets: PathBuf,
-    /// Whether this agent may attach to the VMMs' processes: then precopy outlives the destination's agent.
+    /// Whether this agent may attach to the VMMs' processes, which reading a guest's RAM directly takes.
     pub attach: bool,
+    /// Whether precopy is to outlive this agent at the destination, which takes that, too.
+    pub outlive: bool,
     /// Where the data listener binds; port 0 takes a free one.
     pub listen: SocketAddr,
 }

@@ -1,6 +1,7 @@
 //! The VMM beside this agent, in the words of the handover.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -9,12 +10,13 @@ use dwcp_proto::handover::VmmState;
 use dwcp_proto::journal::Process;
 use dwcp_vmm::kept::{self, Mark};
 use dwcp_vmm::qmp::{Event, Events, MigrationStatus, Qemu, QmpConfig, QmpError, RunState};
-use dwcp_vmm::socket::{OpenError, SocketError};
+use dwcp_vmm::socket::{self, OpenError, SocketError};
 use rustix::process::Pid;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
 
 use crate::error::{Blame, Failure};
+use crate::fault::fault_point;
 use crate::process::Running;
 use crate::source::Inlet;
 
@@ -31,6 +33,8 @@ const LOOK: Duration = Duration::from_millis(20);
 pub(crate) struct Guest {
     path: PathBuf,
     state: Mutex<State>,
+    /// The migration is being taken back: from then on nothing stops the guest any more. Held while it is stopped.
+    taken_back: tokio::sync::Mutex<bool>,
 }
 
 /// What is known of a VMM.
@@ -44,6 +48,8 @@ struct State {
     ended: bool,
     /// With multifd: what its migration writes to.
     inlet: Weak<Inlet>,
+    /// It stands still because this agent, or an earlier life of it, stopped it for the switchover: see [`Guest::halt`].
+    halted: bool,
 }
 
 impl Guest {
@@ -59,7 +65,13 @@ impl Guest {
         let process = known.and_then(Running::find);
         let ended = known.is_some() && process.is_none();
         let state = State { process, ended, ..State::default() };
-        Guest { path: path.to_owned(), state: Mutex::new(state) }
+        Guest { path: path.to_owned(), state: Mutex::new(state), taken_back: tokio::sync::Mutex::default() }
+    }
+
+    /// One that stands paused does so because an earlier life of this agent stopped it.
+    pub(crate) fn halted_before(self) -> Self {
+        self.state().halted = true;
+        self
     }
 
     /// The QMP socket.
@@ -70,6 +82,11 @@ impl Guest {
     /// The process, for the journal.
     pub(crate) fn process(&self) -> Option<Process> {
         self.state().process.as_ref().map(|process| process.identity().clone())
+    }
+
+    /// The process, held so that its number cannot come to mean another.
+    pub(crate) fn handle(&self) -> Option<OwnedFd> {
+        self.state().process.as_ref()?.handle().try_clone_to_owned().ok()
     }
 
     /// The agent's end of a connection into this VMM that an earlier life made.
@@ -133,9 +150,11 @@ impl Guest {
 
     /// The source's guest, as the handover sees it; `None` if it cannot be asked.
     pub(crate) async fn at_source(&self) -> Option<VmmState> {
+        let halted = self.state().halted;
         self.observe(|state| match state {
             RunState::Running => VmmState::Running,
             RunState::PostMigrate | RunState::FinishMigrate => VmmState::Stopped,
+            RunState::Paused if halted => VmmState::Stopped,
             _ => VmmState::Paused,
         })
         .await
@@ -181,8 +200,22 @@ impl Guest {
         self.state().inlet = Arc::downgrade(inlet);
     }
 
+    /// For the direct source: stops the guest, and lets QEMU write what is left to the stream that is returned; nothing where the migration is
+    /// being taken back. Either this comes first, and the guest is known to have been stopped by it, or [`cancel`](Self::cancel) does.
+    pub(crate) async fn halt(&self, qemu: &Qemu) -> Result<Option<UnixStream>, OpenError> {
+        let taken_back = self.taken_back.lock().await;
+        if *taken_back {
+            return Ok(None);
+        }
+        self.state().halted = true;
+        qemu.stop().await?;
+        fault_point!("after", "halt", &RunState::Paused);
+        socket::open_outgoing(qemu).await.map(Some)
+    }
+
     /// Cancels the outgoing migration and waits for its end.
     pub(crate) async fn cancel(&self) -> Result<Option<VmmState>, QmpError> {
+        *self.taken_back.lock().await = true;
         let Ok(qemu) = self.reach().await else { return Ok(self.at_source().await) };
         let asked = qemu.cancel();
         tokio::pin!(asked);

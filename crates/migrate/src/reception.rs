@@ -181,7 +181,7 @@ impl Shared {
                 return Err(failure);
             }
             let description = qemu.describe().await.map_err(qmp_failure)?;
-            let ram = match (self.config.attach, self.config.hde.mapped) {
+            let ram = match (self.config.outlive, self.config.hde.mapped) {
                 (true, _) => Err(hde::words(&Unmapped::Kept)),
                 (false, false) => Err("switched off here by [hde] mapped".to_owned()),
                 (false, true) => Ram::open(&qemu).await.map_err(|why| hde::words(&why)),

@@ -82,7 +82,7 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
         return archive(path);
     }
     let kept =
-        Kept::find(replay.entries.iter().map(|stamped| &stamped.entry)).filter(|_| shared.config.attach);
+        Kept::find(replay.entries.iter().map(|stamped| &stamped.entry)).filter(|_| shared.config.outlive);
     let offers = kept.as_ref().and_then(Kept::offers).unwrap_or_default();
     let session = match session_of(shared, job, side, offers) {
         Ok(session) => Arc::new(session),
@@ -101,10 +101,11 @@ fn revive(shared: &Arc<Shared>, path: &FilePath) {
     });
     let span = info_span!("migration", id = %id, vm = %job.vm, role = ?role);
     let (held, reins) = reins();
+    let guest = Guest::at(FilePath::new(&job.qmp), job.vmm.as_ref());
     let revived = Revived {
         id,
         session: session.clone(),
-        guest: Guest::at(FilePath::new(&job.qmp), job.vmm.as_ref()),
+        guest: if job.halts { guest.halted_before() } else { guest },
         journal,
         peer_addr: job.peer_addr,
         entries: entries.clone(),

@@ -1,6 +1,7 @@
 //! The status of one migration, as it is kept up to date by its task and watched by others.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,9 @@ const MAX_REASONS: usize = 64;
 const UNMAPPED: &str =
     "sink stream instead of mapped: only a stream from its beginning can be written into RAM";
 
+/// What a source is called that reads the guest's RAM itself.
+const DIRECT: &str = "direct";
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Report {
@@ -31,6 +35,8 @@ pub(crate) struct Report {
     retry: Mutex<Retry>,
     /// At the source: why QUIC or TCP, whether the destination can be told or not.
     found: Mutex<Option<String>>,
+    /// At the source: this attempt reads the guest's RAM itself.
+    direct: AtomicBool,
 }
 
 /// Whether there is another attempt after this one.
@@ -93,6 +99,7 @@ impl Report {
             started: Instant::now(),
             retry,
             found: Mutex::default(),
+            direct: AtomicBool::default(),
         }
     }
 
@@ -119,6 +126,7 @@ impl Report {
 
     /// The attempt that was due begins.
     pub(crate) fn begin_again(&self) {
+        self.direct.store(false, Relaxed);
         let retry = &mut *self.retry();
         (retry.due, retry.stands) = (false, false);
     }
@@ -188,8 +196,21 @@ impl Report {
         *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(why.to_owned());
     }
 
+    /// The source reads the guest's RAM itself.
+    pub(crate) fn reads_directly(&self) {
+        self.direct.store(true, Relaxed);
+        self.set(|s| s.source = Some(DIRECT.to_owned()));
+    }
+
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct.load(Relaxed)
+    }
+
     fn on_leg(&self, status: &mut Status, leg: &Leg) {
         on_leg(status, leg);
+        if self.is_direct() {
+            status.source = Some(DIRECT.to_owned());
+        }
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         let ours = found.as_ref().map(|found| transport::reason(&leg.choice, found));
         let told = Some(leg.choice.transport_reason.clone()).filter(|reason| !reason.is_empty());

@@ -71,6 +71,7 @@ impl Agent {
             gate: self.gate.subscribe(),
             sockets: self.state.join("sockets"),
             attach: false,
+            outlive: false,
             listen: self.listen,
         };
         let engine = runtime.block_on(Engine::start(config)).unwrap();

@@ -116,6 +116,9 @@ pub struct Job {
     /// What was asked for, in the agent's own words, where it may be tried again after an abort.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub again: Option<String>,
+    /// Source: it stops the guest by itself for the switchover, so a guest that stands paused later was stopped by it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub halts: bool,
 }
 
 fn first() -> u32 {
@@ -447,6 +450,7 @@ mod tests {
             vmm: Some(Process { pid: 7, started: 9, boot: "b".into() }),
             attempt: 3,
             again: Some("{}".into()),
+            halts: true,
         }
     }
 
@@ -543,7 +547,7 @@ mod tests {
 
     #[test]
     fn a_job_without_what_came_later_is_read() {
-        let older = Job { vmm: None, attempt: 1, again: None, ..job() };
+        let older = Job { vmm: None, attempt: 1, again: None, halts: false, ..job() };
         let text = serde_json::to_string(&older).unwrap();
         assert!(!["vmm", "attempt", "again"].iter().any(|later| text.contains(later)));
         assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), older);

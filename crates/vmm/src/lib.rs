@@ -20,6 +20,7 @@
 //! 3. The destination stops its VMM and opens a connection into it ([`socket::open_incoming`]).
 //! 4. The source opens one out of its VMM ([`socket::open_outgoing`]), which thereby begins to migrate; or several
 //!    ([`socket::open_channels`]), which [`multifd::Merger`] makes one stream of.
+//!    Or it reads the VMM's RAM itself ([`direct`]), which makes the same stream.
 //! 5. [`stream::Cutter`] makes [`Segment`](dwcp_proto::Segment)s of what the source VMM writes; their bytes, in order,
 //!    are what the destination VMM reads.
 //!

@@ -128,6 +128,7 @@ async fn attempt(
             vmm: guest.process(),
             attempt: report.attempt(),
             again: retry::record(&spec, spec.retry),
+            halts: false,
         },
         on_abort: match spec.on_abort {
             Leave::Leave => Afterwards::Leave,

@@ -301,7 +301,7 @@ impl Run {
 
     /// A new connection to the waiting VMM: one that outlives this agent where that may attach to the VMM.
     async fn open(&mut self, qemu: &Qemu) -> Result<Sink, Failure> {
-        if !self.shared.config.attach {
+        if !self.shared.config.outlive {
             return Ok(Sink::new(socket::open_incoming(qemu).await.map_err(open_failure)?));
         }
         let (stream, mark) = dwcp_vmm::kept::open_incoming(qemu).await.map_err(open_failure)?;
@@ -513,7 +513,7 @@ fn ended() -> Failure {
 
 /// A VMM that goes on must not keep a copy of a connection that is over.
 async fn forget_kept(shared: &Shared, guest: &Guest) {
-    if shared.config.attach
+    if shared.config.outlive
         && let Ok(qemu) = guest.reach().await
     {
         // It may never have been given one.

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_proto::{Mode, Record, Segment};
+use dwcp_vmm::direct::DirectError;
 use dwcp_vmm::multifd::{MIN_ROOM, MergeError, Merged, Merger, Source};
-use dwcp_vmm::socket::Channels;
+use dwcp_vmm::qmp::QmpError;
+use dwcp_vmm::socket::{Channels, OpenError};
 use dwcp_vmm::stream::{Cutter, OpaqueReason};
 use rustix::net::{Shutdown, shutdown};
 use tokio::net::UnixStream;
@@ -19,6 +21,8 @@ use tracing::warn;
 
 use crate::counters::Counters;
 use crate::error::{Blame, Failure};
+use crate::guest::{open_failure, qmp_failure};
+use crate::hde::words;
 use crate::report::Report;
 
 /// Bytes of guest pages in one chunk. Larger chunks cost less each; what lies in the pipeline when the guest stops adds to its
@@ -74,13 +78,28 @@ pub(crate) enum IngestError {
     /// Its channels cannot be put together.
     #[error(transparent)]
     Merge(#[from] MergeError),
+    /// The guest's RAM cannot be read, or tracked.
+    #[error(transparent)]
+    Direct(#[from] DirectError),
+    /// The VMM does not do as it is told at the end.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// It does not migrate at the end.
+    #[error(transparent)]
+    Open(#[from] OpenError),
 }
 
 impl IngestError {
     /// What the operator has to know of it. What becomes of a connection the VMM tells better.
     pub(crate) fn failure(self) -> Option<Failure> {
         match self {
-            IngestError::Io(_) => None,
+            IngestError::Io(_) | IngestError::Direct(DirectError::Gone(_)) => None,
+            IngestError::Direct(error) => {
+                let hint = "use --source stream";
+                Some(Failure::new("direct_source", Blame::Vmm, words(&error), hint))
+            }
+            IngestError::Qmp(error) => Some(qmp_failure(error)),
+            IngestError::Open(error) => Some(open_failure(error)),
             IngestError::Merge(error) => {
                 let hint = "leave --channels out: QEMU's main channel alone carries any VM";
                 Some(Failure::new("multifd", Blame::Vmm, error.to_string(), hint))
@@ -220,13 +239,18 @@ async fn forward(
     counters: &Counters,
 ) -> io::Result<()> {
     while let Some(segment) = cutter.pop() {
-        counters.raw.add(segment.bytes.len() as u64);
-        counters.guest.add(guest_bytes(&segment));
-        counters.rounds.set(u64::from(segment.version.0) + 1);
+        count(&segment, counters);
         let gone = |_| io::Error::new(io::ErrorKind::BrokenPipe, "the migration has ended");
         segments.send(segment).await.map_err(gone)?;
     }
     Ok(())
+}
+
+/// A segment is about to go on.
+pub(super) fn count(segment: &Segment, counters: &Counters) {
+    counters.raw.add(segment.bytes.len() as u64);
+    counters.guest.add(guest_bytes(segment));
+    counters.rounds.set(u64::from(segment.version.0) + 1);
 }
 
 /// Guest memory in a segment, zero pages at full size.

@@ -9,6 +9,7 @@ mod breaker;
 mod bytes;
 mod carry;
 mod chunks;
+mod direct;
 mod helm;
 mod ingest;
 mod plan;
@@ -153,6 +154,7 @@ async fn attempt(
         mode,
         offer,
         ram,
+        direct,
         ..
     } = plan;
     // Before the destination is bound to the session: a disk that cannot take a journal is no reason to keep it waiting.
@@ -201,6 +203,7 @@ async fn attempt(
             vmm: guest.process(),
             attempt: report.attempt(),
             again: retry::record(&spec, report.attempts_left()),
+            halts: matches!(direct, Some(Ok(_))),
         },
         guest_ran,
         on_success: match spec.on_success {
@@ -231,6 +234,7 @@ async fn attempt(
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
     run.vmm_limit = downtime.vmm;
     run.channels = spec.channels;
+    run.direct = direct;
     run.ram = ram;
     run.deadline = deadline;
     run.data = Some(data);

@@ -7,6 +7,7 @@ use dwcp_proto::mode::ModeChoice;
 use dwcp_proto::negotiate::{Impossible, Wish, choose};
 use dwcp_proto::{MigrationId, Mode, Path, units};
 use dwcp_vmm::describe::VmDescription;
+use dwcp_vmm::direct::Fit;
 use dwcp_vmm::preflight::{self, Finding, compare};
 use dwcp_vmm::qmp::RunState;
 use tracing::warn;
@@ -28,6 +29,9 @@ const WRITES: u32 = 3;
 const MAX_DESCRIPTION: usize = 12 << 10;
 /// The least of the downtime that must be left for memory.
 const MIN_LEFT: Duration = Duration::from_millis(10);
+
+/// Why RAM is not read directly where nothing may attach to the VMM.
+const NOT_ATTACHED: &str = "this agent may not attach to the VMM ([vmm] attach)";
 
 /// How the downtime is spent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +84,8 @@ pub(crate) struct Plan {
     pub(crate) offer: Offer,
     /// Bytes of guest RAM.
     pub(crate) ram: u64,
+    /// Where the guest's RAM is to be read directly: that it can be, or why not.
+    pub(crate) direct: Option<Result<Fit, String>>,
     problems: Vec<Failure>,
     notes: Vec<String>,
 }
@@ -119,8 +125,8 @@ pub(crate) async fn plan(
         Vmm::Qmp(path) => path,
         Vmm::Relay(_) => return Err(unsupported("--relay", "drive QEMU through --qmp")),
     };
-    if spec.source == SourceWish::Direct {
-        return Err(unsupported("--source direct", "use --source stream"));
+    if spec.source == SourceWish::Direct && spec.channels.is_multifd() {
+        return Err(unsupported("--source direct with --channels", "leave one of them out"));
     }
     if spec.on_abort == Leave::Quit {
         return Err(unsupported("--on-abort quit at the source", "an abort leaves the guest running there"));
@@ -216,6 +222,14 @@ pub(crate) async fn plan(
         Err(failure) => return Err(together(problems, failure)),
     };
     let ram = crate::hde::ram_bytes(&description);
+    let direct = match spec.source {
+        SourceWish::Direct if !shared.config.attach => Some(Err(NOT_ATTACHED.to_owned())),
+        SourceWish::Direct => Some(Fit::find(&qemu).await.map_err(|why| crate::hde::words(&why))),
+        SourceWish::Auto | SourceWish::Stream => None,
+    };
+    if let Some(Err(why)) = &direct {
+        notes.push(not_direct(why));
+    }
     Ok(Plan {
         guest,
         met,
@@ -229,9 +243,15 @@ pub(crate) async fn plan(
         mode,
         offer,
         ram,
+        direct,
         problems,
         notes,
     })
+}
+
+/// Why RAM is taken from the VMM's stream though it was to be read directly.
+pub(crate) fn not_direct(why: &str) -> String {
+    format!("the VMM's stream instead of its RAM itself: {why}")
 }
 
 /// Why the congestion control that is wished for is not used, where it would be.

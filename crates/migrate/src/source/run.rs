@@ -12,7 +12,8 @@ use dwcp_proto::message::{Body, StreamEnd};
 use dwcp_proto::mode::ModeChoice;
 use dwcp_proto::path::Cause;
 use dwcp_proto::{MigrationId, Mode, Path};
-use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, MigrationInfo, MigrationStatus};
+use dwcp_vmm::direct::Fit;
+use dwcp_vmm::qmp::{Event as QmpEvent, EventKind, Events, MigrationInfo, MigrationStatus};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until};
@@ -67,6 +68,10 @@ pub(super) struct Run {
     stream: Option<Arc<Inlet>>,
     /// How the VMM gives its stream.
     pub(super) channels: Channels,
+    /// The guest's RAM, where it is to be read directly, or why it is not.
+    pub(super) direct: Option<Result<Fit, String>>,
+    /// What the VMM announces.
+    qmp: Option<Events>,
     /// Bytes of the guest's RAM.
     pub(super) ram: u64,
     /// The data path's task.
@@ -131,6 +136,8 @@ impl Run {
             in_flight: None,
             stream: None,
             channels: Channels::ONE,
+            direct: None,
+            qmp: None,
             ram: 0,
             transport: JoinSet::new(),
             data: None,
@@ -158,7 +165,7 @@ impl Run {
     }
 
     pub(super) async fn drive(&mut self, mut events: mpsc::Receiver<Event>, mut reins: Reins) {
-        let mut qmp = self.guest.reach().await.ok().map(|qemu| qemu.events());
+        self.qmp = self.guest.reach().await.ok().map(|qemu| qemu.events());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut retry = interval(RETRY);
@@ -180,9 +187,9 @@ impl Run {
                         return;
                     }
                 },
-                event = next_event(&mut qmp) => match event {
+                event = next_event(&mut self.qmp) => match event {
                     Some(event) => self.qmp_event(event).await,
-                    None => qmp = None,
+                    None => self.qmp = None,
                 },
                 Some(done) = self.transport.join_next() => match done {
                     Ok(Ok(transfer)) => {
@@ -522,13 +529,13 @@ impl Run {
         self.stream = None;
         self.monitor.abort_all();
         self.count();
-        // Whoever moves the guest next need not know of multifd.
-        if self.channels.is_multifd()
+        // Whoever moves the guest next need not know how it was tried here.
+        if (self.channels.is_multifd() || self.report.is_direct())
             && matches!(self.outcome, Some(Outcome::Aborted(_)))
             && let Ok(qemu) = self.guest.reach().await
-            && let Err(error) = qemu.set_capabilities(&[("multifd", false)]).await
+            && let Err(error) = qemu.set_capabilities(&[("multifd", false), ("x-ignore-shared", false)]).await
         {
-            debug!(%error, "multifd stays on");
+            debug!(%error, "multifd or x-ignore-shared stays on");
         }
         let alarms = self.pilot.alarms.join(", ");
         match self.outcome {

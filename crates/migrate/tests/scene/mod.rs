@@ -76,6 +76,7 @@ impl Node {
             gate: gate_rx,
             sockets: dir.path().join("sockets"),
             attach: false,
+            outlive: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         };
         adapt(&mut config);

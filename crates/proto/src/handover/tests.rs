@@ -21,6 +21,7 @@ fn job() -> Job {
         vmm: None,
         attempt: 1,
         again: None,
+        halts: false,
     }
 }
 

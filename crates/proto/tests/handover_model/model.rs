@@ -58,6 +58,7 @@ impl Model {
             vmm: None,
             attempt: 1,
             again: None,
+            halts: false,
         };
         let prepared =
             Prepared { job: job.clone(), guest_ran: setup.guest_ran, on_success: Afterwards::Quit };

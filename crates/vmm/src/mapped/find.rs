@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{fstatfs, major, minor};
 use serde_json::json;
 
-use super::ram::Backing;
+use super::ram::{Backing, FileId, Mapping};
 use crate::qmp::{Qemu, QmpError};
 
 /// Bytes of a process's map that are read: some 100 bytes a line, of which a QEMU has a few hundred.
@@ -52,7 +52,7 @@ pub enum Unmapped {
     },
     /// The connection to the VMM shall outlive the agent: then all must go through it, since it alone says how far it came.
     #[error(
-        "the connection to the VMM is kept for the agent's next life ([vmm] attach), and takes all pages"
+        "the connection to the VMM is kept for the agent's next life ([vmm] outlive), and takes all pages"
     )]
     Kept,
     /// Huge pages.
@@ -88,7 +88,9 @@ pub(super) async fn backings(qemu: &Qemu) -> Result<BTreeMap<Box<[u8]>, Backing>
         if fstatfs(&file).map_err(|error| failed(error.into()))?.f_type as i64 == HUGETLBFS {
             return Err(Unmapped::HugePages { id: wanted.id });
         }
-        let backing = Backing::new(file, map.offset, block.used.min(map.len)).map_err(failed)?;
+        let mut backing = Backing::new(file, map.offset, block.used.min(map.len)).map_err(failed)?;
+        backing.mapping =
+            Some(Mapping { address: map.start, named: wanted.path.is_some(), file: map.file_id() });
         found.insert(block.name.as_bytes().into(), backing);
     }
     if found.is_empty() { Err(Unmapped::NotShared) } else { Ok(found) }
@@ -145,6 +147,12 @@ struct Map {
     is_deleted: bool,
 }
 
+/// Whether the process maps the file in any way; `None` where it cannot be looked into.
+pub(crate) fn maps_file(pid: u32, file: FileId) -> Option<bool> {
+    let process = Process { root: PathBuf::from(format!("/proc/{pid}")) };
+    Some(process.text().ok()?.lines().filter_map(mapped_file).any(|mapped| mapped == file))
+}
+
 /// A process, by its folder under /proc.
 struct Process {
     root: PathBuf,
@@ -152,10 +160,14 @@ struct Process {
 
 impl Process {
     fn maps(&self) -> io::Result<Vec<Map>> {
+        self.text().map(|text| parse_maps(&text))
+    }
+
+    fn text(&self) -> io::Result<String> {
         let mut text = String::new();
         let file = File::open(self.root.join("maps"))?;
         io::Read::read_to_string(&mut io::Read::take(file, MAX_MAPS), &mut text)?;
-        Ok(parse_maps(&text))
+        Ok(text)
     }
 
     /// The file of a map, from among the process's open files or by the map itself.
@@ -173,6 +185,10 @@ impl Process {
 }
 
 impl Map {
+    fn file_id(&self) -> FileId {
+        FileId { device: self.device, inode: self.inode }
+    }
+
     fn is(&self, data: &fs::Metadata) -> bool {
         data.ino() == self.inode && (major(data.dev()), minor(data.dev())) == self.device && data.is_file()
     }
@@ -197,6 +213,15 @@ fn parse_maps(text: &str) -> Vec<Map> {
     maps
 }
 
+/// The file of a line of the map, if it has one.
+fn mapped_file(line: &str) -> Option<FileId> {
+    let mut fields = line.splitn(6, ' ').skip(3);
+    let (high, low) = fields.next()?.split_once(':')?;
+    let number = |text| u32::from_str_radix(text, 16).ok();
+    let inode = fields.next()?.parse().ok().filter(|&inode| inode != 0)?;
+    Some(FileId { device: (number(high)?, number(low)?), inode })
+}
+
 fn parse_map(line: &str) -> Option<Map> {
     const DELETED: &str = " (deleted)";
     let mut fields = line.splitn(6, ' ');
@@ -205,10 +230,8 @@ fn parse_map(line: &str) -> Option<Map> {
     let (start, end) = (hex(start)?, hex(end)?);
     let permissions = fields.next()?.as_bytes();
     let offset = hex(fields.next()?)?;
-    let (high, low) = fields.next()?.split_once(':')?;
-    let number = |text| u32::from_str_radix(text, 16).ok();
-    let device = (number(high)?, number(low)?);
-    let inode = fields.next()?.parse().ok().filter(|&inode| inode != 0)?;
+    let FileId { device, inode } = mapped_file(line)?;
+    let mut fields = fields.skip(2);
     if permissions.get(1) != Some(&b'w') || permissions.get(3) != Some(&b's') {
         return None;
     }

@@ -29,13 +29,33 @@ pub struct Ram {
 
 /// Where a block lies.
 #[derive(Debug)]
-pub(super) struct Backing {
-    pub(super) file: File,
+pub(crate) struct Backing {
+    pub(crate) file: File,
     /// Where in the file the block begins.
-    pub(super) offset: u64,
-    pub(super) len: u64,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    /// Where the VMM's process has it mapped, if there is a VMM.
+    pub(crate) mapping: Option<Mapping>,
     /// The file system is known to tell what is in no hole: see [`next_data`].
-    tells_holes: bool,
+    pub(crate) tells_holes: bool,
+}
+
+/// A block in the VMM's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    /// The address of its first byte.
+    pub(crate) address: u64,
+    /// The file was named to the VMM: a memfd was not.
+    pub(crate) named: bool,
+    /// The file.
+    pub(crate) file: FileId,
+}
+
+/// A file of this machine, whatever it is called: major and minor number of its device, and its number there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FileId {
+    pub(crate) device: (u32, u32),
+    pub(crate) inode: u64,
 }
 
 impl Ram {
@@ -67,6 +87,16 @@ impl Ram {
     /// Bytes of all of them.
     pub fn bytes(&self) -> u64 {
         self.blocks.values().map(|backing| backing.len).sum()
+    }
+
+    /// The blocks and where they lie.
+    pub(crate) fn backings(&self) -> impl Iterator<Item = (&[u8], &Backing)> {
+        self.blocks.iter().map(|(name, backing)| (&**name, backing))
+    }
+
+    /// The same, for whoever reads them alone.
+    pub(crate) fn into_backings(self) -> impl Iterator<Item = (Box<[u8]>, Backing)> {
+        self.blocks.into_iter()
     }
 
     pub(super) fn has(&self, block: &[u8]) -> bool {
@@ -166,7 +196,7 @@ impl Ram {
 }
 
 /// Where the next byte that is in no hole lies, from `at` on; `None` if there is none.
-fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
+pub(crate) fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
     match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(data) => Ok(Some(data.max(at))),
         Err(Errno::NXIO) => Ok(None),
@@ -179,7 +209,7 @@ impl Backing {
         // The kernel's own memory knows at once what a VMM writes through its map. Of any other file system that would have to be shown: a
         // page that it took for a hole would stay as it was in the guest.
         let tells_holes = rustix::fs::fstatfs(&file)?.f_type as i64 == TMPFS;
-        Ok(Backing { file, offset, len, tells_holes })
+        Ok(Backing { file, offset, len, mapping: None, tells_holes })
     }
 
     /// Where in the file so many pages lie; `None` if not all of them are in the block.

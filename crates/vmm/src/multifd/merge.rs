@@ -5,8 +5,9 @@ use std::io::{self, IoSliceMut};
 use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_proto::record::{FLAG_PAGE, FLAG_ZERO, RECORD_WORD};
 
-use super::output::{End, Output, Place, Room, block_name, write_head};
+
 use super::packet::{self, ChannelFault, GREETING, HEADER, PAGES, Packet};
+use crate::stream::output::{End, Output, Place, Room, block_name, write_head};
 use crate::stream::{Item, MAX_ITEM, OpaqueReason, Parser, Step};
 
 /// Channels beside the main one. QEMU takes up to 255; beyond a few the agent is what bounds the rate.

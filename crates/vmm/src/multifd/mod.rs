@@ -39,7 +39,6 @@
 //! which is held back for them, so that no channel waits for the footer.
 
 mod merge;
-mod output;
 pub(crate) mod packet;
 #[cfg(test)]
 mod tests;

@@ -12,6 +12,7 @@
 
 mod cutter;
 mod layout;
+pub(crate) mod output;
 mod parse;
 mod serialise;
 #[cfg(test)]
@@ -19,7 +20,7 @@ mod tests;
 mod walk;
 
 pub(crate) use parse::{
-    FLAG_EOS, FLAG_MULTIFD_FLUSH, Item, MAX_ITEM, PageItem, Parser, SECTION_FOOTER, SECTION_PART, Step,
+    FLAG_MULTIFD_FLUSH, Item, MAX_ITEM, PageItem, Parser, SECTION_START, Step,
 };
 
 pub use cutter::Cutter;

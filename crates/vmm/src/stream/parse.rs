@@ -39,7 +39,7 @@ pub(crate) const FLAG_MULTIFD_FLUSH: u64 = 0x200;
 const FLAGS: u64 = PAGE_SIZE as u64 - 1;
 
 const SECTION_EOF: u8 = 0x00;
-const SECTION_START: u8 = 0x01;
+pub(crate) const SECTION_START: u8 = 0x01;
 pub(crate) const SECTION_PART: u8 = 0x02;
 const SECTION_END: u8 = 0x03;
 const SECTION_FULL: u8 = 0x04;

@@ -1,13 +1,15 @@
 //! How a migration begins that has a session: QEMU is prepared, migrates into a socket of ours, and the data path and the task that asks
 //! QEMU how far it is are started.
 
+use std::pin::Pin;
 use std::sync::Arc;
 
+use dwcp_vmm::direct::Direct;
 use dwcp_vmm::qmp::{MigrationInfo, Parameters, Qemu};
 use dwcp_vmm::socket::{self, MigrationListener};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval};
-use tracing::{Instrument, debug};
+use tracing::{Instrument, debug, warn};
 
 use super::{Run, TICK};
 use crate::counters::Counters;
@@ -15,6 +17,8 @@ use crate::error::{Blame, Failure};
 use crate::guest::{Guest, open_failure, qmp_failure, socket_failure};
 use crate::handshake::nonce;
 use crate::source::breaker::Breaker;
+use crate::source::direct::{self, Rounds};
+use crate::source::plan::not_direct;
 use crate::source::carry::carry;
 use crate::source::helm::Helm;
 use crate::source::ingest::{self, IngestError, Inlet};
@@ -58,18 +62,37 @@ impl Run {
             ..Parameters::default()
         };
         qemu.set_parameters(&parameters).await.map_err(qmp_failure)?;
-        let inlet = match multifd {
-            true => Inlet::Channels(self.open_channels(&qemu).await?),
-            false => Inlet::Main(socket::open_outgoing(&qemu).await.map_err(open_failure)?),
-        };
-        let stream = Arc::new(inlet);
-        self.guest.writes_to(&stream);
-        self.stream = Some(stream.clone());
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
+        let chunk = ingest::chunk(self.outgoing.leg().mode, self.ram);
+        let (last_tx, last) = oneshot::channel();
+        let read: Pin<Box<dyn Future<Output = Result<u64, IngestError>> + Send>> = match self.directly(chunk).await {
+            Some(ram) => {
+                let rounds = Rounds {
+                    guest: self.guest.clone(),
+                    segments: segments_tx,
+                    report: self.report.clone(),
+                    limit: self.vmm_limit,
+                    last: last_tx,
+                };
+                Box::pin(direct::ingest(ram, rounds))
+            }
+            None => {
+                let inlet = match multifd {
+                    true => Inlet::Channels(self.open_channels(&qemu).await?),
+                    false => Inlet::Main(socket::open_outgoing(&qemu).await.map_err(open_failure)?),
+                };
+                let stream = Arc::new(inlet);
+                self.guest.writes_to(&stream);
+                self.stream = Some(stream.clone());
+                // QEMU writes from now on.
+                let _ = last_tx.send(());
+                Box::pin(ingest::ingest(stream, segments_tx, self.report.clone(), chunk))
+            }
+        };
         let Some(data) = self.data.take() else { return Ok(()) };
         let (Some(switches), Some(mode)) = (self.switches.take(), self.mode.take()) else { return Ok(()) };
         let (out, control) = (self.outgoing.clone(), self.control.clone());
-        let (report, leg, config) = (self.report.clone(), out.leg(), &self.shared.config);
+        let (leg, config) = (out.leg(), &self.shared.config);
         let stopped = self.stopped.subscribe();
         let helm = Helm::new(
             leg.path,
@@ -81,11 +104,10 @@ impl Run {
             Breaker::new(&config.limits),
         );
         let turns = self.turns_tx.clone();
-        let chunk = ingest::chunk(leg.mode, self.ram);
         let carry = async move {
-            let read = ingest::ingest(stream, segments_tx, report, chunk);
+            let mut read = read;
             let send = carry(out, control, Reel::new(segments), data, helm, turns);
-            tokio::pin!(read, send);
+            tokio::pin!(send);
             tokio::select! {
                 outcome = &mut send => outcome,
                 // The end of the stream: whether it is a good one is the VMM's to say.
@@ -97,11 +119,32 @@ impl Run {
         };
         self.transport.spawn(carry.in_current_span());
         let counters = self.outgoing.counters.clone();
-        self.monitor.spawn(monitor(self.guest.clone(), counters, self.info_tx.clone()));
+        self.monitor.spawn(monitor(self.guest.clone(), counters, self.info_tx.clone(), last));
         self.report.set(|s| s.phase = Phase::Precopy);
         let why = self.report.status().transport_reason.unwrap_or_default();
         self.pilot.note("precopy", format!("over {}: {why}", self.outgoing.leg().transport())).await;
         Ok(())
+    }
+
+    /// The guest's RAM, if it is to be and can be read directly. What QEMU announced until then is nobody's concern: it began a migration that
+    /// was cancelled.
+    async fn directly(&mut self, chunk: usize) -> Option<Direct> {
+        let fit = match self.direct.take()? {
+            Ok(fit) => direct::begin(&self.guest, fit, chunk).await,
+            Err(why) => Err(why),
+        };
+        self.qmp = self.guest.reach().await.ok().map(|qemu| qemu.events());
+        match fit {
+            Ok(direct) => {
+                self.report.reads_directly();
+                Some(direct)
+            }
+            Err(why) => {
+                warn!(why, "the guest's RAM is not read directly");
+                self.report.fallback(not_direct(&why));
+                None
+            }
+        }
     }
 
     /// Lets QEMU connect to a socket of ours as often as it has channels. The socket's file is gone afterwards.
@@ -116,7 +159,17 @@ impl Run {
 
 /// Asks the VMM how far it is. A task of its own: while QEMU writes the last of its stream it holds the lock that QMP needs, so
 /// an answer may have to wait for the very data path that the migration's task serves.
-async fn monitor(guest: Arc<Guest>, counters: Arc<Counters>, info: mpsc::Sender<MigrationInfo>) {
+/// With the direct source there is nothing to ask before `last` is told.
+async fn monitor(
+    guest: Arc<Guest>,
+    counters: Arc<Counters>,
+    info: mpsc::Sender<MigrationInfo>,
+    last: oneshot::Receiver<()>,
+) {
+    // Gone without a word: the data path has failed, and whoever drives the migration learns it from there.
+    if last.await.is_err() {
+        return;
+    }
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told = 0.0;

@@ -215,6 +215,7 @@ impl<'t, X: Seal> World<'t, X> {
             vmm: None,
             attempt: 1,
             again: None,
+            halts: false,
         };
         let (guest_ran, on_success) = (scenario.guest_ran, scenario.on_success);
         let source = Source::new(Prepared { job: job.clone(), guest_ran, on_success });

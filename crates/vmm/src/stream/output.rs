@@ -4,22 +4,23 @@ use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_proto::record::{FLAG_CONTINUE, FLAG_PAGE, FLAG_ZERO, RECORD_WORD};
 use dwcp_proto::{PageIndex, RamBlockId};
 
-use crate::stream::{FLAG_EOS, Layout, PageItem, SECTION_FOOTER, SECTION_PART};
+use super::layout::Layout;
+use super::parse::{FLAG_EOS, PageItem, SECTION_FOOTER, SECTION_PART};
 
 /// What stands in the stream that is put out.
 #[derive(Debug)]
-pub(super) struct Output {
-    pub(super) place: Place,
+pub(crate) struct Output {
+    pub(crate) place: Place,
     /// The end of the main channel's section, which is held back.
-    pub(super) held: Option<End>,
+    pub(crate) held: Option<End>,
     /// Whether sections have footers.
-    pub(super) footers: bool,
+    pub(crate) footers: bool,
     /// The block of the last page.
-    pub(super) block: Option<RamBlockId>,
+    pub(crate) block: Option<RamBlockId>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// Between sections.
     Outside,
     /// In a section of the main channel.
@@ -29,25 +30,25 @@ pub(super) enum Place {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
+pub(crate) enum End {
     Eos,
     Footer,
 }
 
 impl Output {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Output { place: Place::Outside, held: None, footers: false, block: None }
     }
 
     /// Begins a section of our own.
-    pub(super) fn begin_ours(&mut self, section: u32, room: &mut Room<'_>) {
+    pub(crate) fn begin_ours(&mut self, section: u32, room: &mut Room<'_>) {
         room.put(&[SECTION_PART]);
         room.put(&section.to_be_bytes());
         self.place = Place::Ours;
     }
 
     /// Ends the section that is open, if its end is known or it is ours: something else follows.
-    pub(super) fn leave(&mut self, section: Option<u32>, room: &mut Room<'_>) {
+    pub(crate) fn leave(&mut self, section: Option<u32>, room: &mut Room<'_>) {
         let end = match (self.place, self.held.take()) {
             (Place::Theirs, Some(end)) => end,
             (Place::Ours, _) if self.footers => End::Footer,
@@ -63,7 +64,7 @@ impl Output {
     }
 
     /// A page of the main channel. What it calls the last page's block may not be that any more.
-    pub(super) fn page(&mut self, page: PageItem, bytes: &[u8], layout: &Layout, room: &mut Room<'_>) {
+    pub(crate) fn page(&mut self, page: PageItem, bytes: &[u8], layout: &Layout, room: &mut Room<'_>) {
         let names = page.continued && self.block != Some(page.block);
         if names {
             let body = &bytes[RECORD_WORD.min(bytes.len())..];
@@ -77,22 +78,22 @@ impl Output {
 }
 
 /// Where output goes. Whoever puts something there has made sure that it fits.
-pub(super) struct Room<'a> {
-    pub(super) bytes: &'a mut [u8],
-    pub(super) len: usize,
+pub(crate) struct Room<'a> {
+    pub(crate) bytes: &'a mut [u8],
+    pub(crate) len: usize,
 }
 
 impl Room<'_> {
-    pub(super) fn left(&self) -> usize {
+    pub(crate) fn left(&self) -> usize {
         self.bytes.len() - self.len
     }
 
-    pub(super) fn put(&mut self, bytes: &[u8]) {
+    pub(crate) fn put(&mut self, bytes: &[u8]) {
         self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
         self.len += bytes.len();
     }
 
-    pub(super) fn page(&mut self, page: PageIndex, flag: u64, name: Option<&[u8]>, body: &[u8]) {
+    pub(crate) fn page(&mut self, page: PageIndex, flag: u64, name: Option<&[u8]>, body: &[u8]) {
         let head = RECORD_WORD + name.map_or(0, |name| 1 + name.len());
         write_head(&mut self.bytes[self.len..self.len + head], page, flag, name);
         self.len += head;
@@ -101,7 +102,7 @@ impl Room<'_> {
 }
 
 /// The head of a page's record, as long as the place.
-pub(super) fn write_head(place: &mut [u8], page: PageIndex, flag: u64, name: Option<&[u8]>) {
+pub(crate) fn write_head(place: &mut [u8], page: PageIndex, flag: u64, name: Option<&[u8]>) {
     let (word, after) = place.split_at_mut(RECORD_WORD);
     let modifier = if name.is_some() { 0 } else { FLAG_CONTINUE };
     // Within its block, so the product is less than a block's length.
@@ -114,6 +115,6 @@ pub(super) fn write_head(place: &mut [u8], page: PageIndex, flag: u64, name: Opt
     }
 }
 
-pub(super) fn block_name(layout: &Layout, block: RamBlockId) -> &[u8] {
+pub(crate) fn block_name(layout: &Layout, block: RamBlockId) -> &[u8] {
     layout.names().name(block).unwrap_or_default()
 }

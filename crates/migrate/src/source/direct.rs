@@ -1,0 +1,211 @@
+//! The direct source: the guest's RAM is read by the agent itself, in rounds that it decides on. `dwcp_vmm::direct` has the order
+//! and what it rests on.
+//!
+//! ```text
+//! begin:  head of QEMU's stream (its migration is cancelled) ─► tracking
+//! ingest: all pages ─► look ─► few enough? ─no─► written pages ─► look ...
+//!                                   └─yes─► stop the guest ─► last look ─► last pages, QEMU's devices ─► end
+//! ```
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dwcp_proto::Segment;
+use dwcp_vmm::direct::{Direct, DirectError, Dirty, Fit, Gone, Head, MAX_REST};
+use dwcp_vmm::qmp::{QmpError, Qemu};
+use dwcp_vmm::socket::{self, OpenError};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+use tracing::debug;
+
+use super::ingest::{IngestError, count};
+use crate::counters::Counters;
+use crate::guest::Guest;
+use crate::report::Report;
+
+/// How long QEMU may take to write its list of RAM blocks, and to give that migration up.
+const HEAD: Duration = Duration::from_secs(10);
+/// Bytes that are read at once of what QEMU writes.
+const READ: usize = 256 << 10;
+
+/// Makes the direct source ready. Its error says, in words for an operator, why the VMM's stream is taken instead; the guest is as it was.
+pub(super) async fn begin(guest: &Guest, fit: Fit, chunk: usize) -> Result<Direct, String> {
+    let qemu = guest.reach().await.map_err(|error| crate::hde::words(&error))?;
+    let head = timeout(HEAD, head(&qemu)).await.map_err(|_| "QEMU did not write its list of RAM blocks in time")?;
+    let head = head.map_err(|error| crate::hde::words(&error))?;
+    let process = guest.handle().ok_or("the VMM's process is not known")?;
+    let begun = spawn_blocking(move || Direct::begin(fit, &head, chunk, std::os::fd::AsFd::as_fd(&process)));
+    begun.await.map_err(|error| error.to_string())?.map_err(|error| crate::hde::words(&error))
+}
+
+/// Why there is no head.
+#[derive(Debug, thiserror::Error)]
+enum NoHead {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error(transparent)]
+    Head(#[from] dwcp_vmm::direct::HeadError),
+    #[error("QEMU's stream ended before its RAM")]
+    Ended,
+    #[error("cannot read QEMU's stream")]
+    Io(#[from] io::Error),
+}
+
+/// Lets QEMU begin to migrate, and cancels that.
+async fn head(qemu: &Qemu) -> Result<Head, NoHead> {
+    let stream = socket::open_outgoing(qemu).await?;
+    let head = read_head(&stream).await;
+    // QEMU may wait for room in the socket, and hears nothing until it has some.
+    let (cancelled, _) = tokio::join!(qemu.cancel(), drain(&stream));
+    cancelled?;
+    loop {
+        match qemu.migration().await?.status {
+            Some(status) if !status.is_final() => tokio::time::sleep(LOOK).await,
+            _ => return head,
+        }
+    }
+}
+
+/// Between two looks at whether QEMU has given up.
+const LOOK: Duration = Duration::from_millis(5);
+
+async fn read_head(stream: &UnixStream) -> Result<Head, NoHead> {
+    let mut head = Head::new();
+    let mut buffer = vec![0; READ];
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut buffer) {
+            Ok(0) => return Err(NoHead::Ended),
+            Ok(read) if head.take(&buffer[..read])? => return Ok(head),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Reads to the end.
+async fn drain(stream: &UnixStream) -> io::Result<()> {
+    let mut buffer = vec![0; READ];
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// What the rounds need beside the RAM.
+pub(super) struct Rounds {
+    pub(super) guest: Arc<Guest>,
+    pub(super) segments: mpsc::Sender<Segment>,
+    pub(super) report: Arc<Report>,
+    /// How long what is left may take while the guest stands still.
+    pub(super) limit: Duration,
+    /// Told once QEMU begins to write the last of the stream.
+    pub(super) last: oneshot::Sender<()>,
+}
+
+/// Reads the guest's RAM until little enough is left, stops the guest, and ends the stream; returns its length. Back-pressure is by
+/// `segments` being full.
+pub(super) async fn ingest(direct: Direct, rounds: Rounds) -> Result<u64, IngestError> {
+    let Rounds { guest, segments, report, limit, last } = rounds;
+    let counters = report.counters.clone();
+    let (mut direct, mut dirty) = on_thread(direct, Direct::all).await?;
+    loop {
+        let began = (Instant::now(), counters.raw.load());
+        let pages = dirty.pages();
+        direct = send(direct, dirty, &segments, &counters).await?;
+        (direct, dirty) = on_thread(direct, Direct::look).await?;
+        let took = began.0.elapsed();
+        let rate = rate(&counters).unwrap_or((counters.raw.load() - began.1) as f64 / took.as_secs_f64().max(1e-6));
+        let needed = dirty.bytes() as f64 / rate.max(1.0);
+        debug!(pages, ?took, left = dirty.pages(), needed, "a round over the guest's RAM");
+        let written = dirty.bytes() as f64 / took.as_secs_f64().max(1e-6);
+        report.progress(0.99, dirty.bytes(), Some(written));
+        if needed <= limit.as_secs_f64() {
+            break;
+        }
+    }
+    let qemu = guest.reach().await?;
+    qemu.set_capabilities(&[("x-ignore-shared", true)]).await?;
+    // Whoever takes the guest back does it now, or finds that it was stopped.
+    let Some(stream) = guest.halt(&qemu).await? else {
+        return Err(io::Error::new(io::ErrorKind::BrokenPipe, Gone).into());
+    };
+    let (mut direct, at_last) = on_thread(direct, Direct::look).await?;
+    let holes;
+    (direct, holes) = on_thread(direct, |direct| direct.holes()).await?;
+    let dirty = dirty.and(at_last).and(holes);
+    // It is told at all events, or nobody listens.
+    let _ = last.send(());
+    let (sent, rest) = tokio::join!(send(direct, dirty, &segments, &counters), read_rest(&stream));
+    let (direct, rest) = (sent?, rest?);
+    let out = forwarding(segments, counters);
+    let (_, length) = on_thread(direct, move |direct| direct.finish(&rest, &mut { out })).await?;
+    Ok(length)
+}
+
+/// Bytes of the VMM's stream that the link carries in a second, as far as that has been measured.
+fn rate(counters: &Counters) -> Option<f64> {
+    let ratio = counters.raw.load() as f64 / counters.wire.load().max(1) as f64;
+    Some(counters.rate.load() as f64 * ratio).filter(|rate| *rate > 0.0)
+}
+
+async fn send(
+    direct: Direct,
+    dirty: Dirty,
+    segments: &mpsc::Sender<Segment>,
+    counters: &Arc<Counters>,
+) -> Result<Direct, IngestError> {
+    let mut out = forwarding(segments.clone(), counters.clone());
+    let (direct, ()) = on_thread(direct, move |direct| direct.written(&dirty, &mut out)).await?;
+    Ok(direct)
+}
+
+/// Hands segments on; the thread waits where nobody takes them.
+fn forwarding(
+    segments: mpsc::Sender<Segment>,
+    counters: Arc<Counters>,
+) -> impl FnMut(Segment) -> Result<(), Gone> + Send {
+    move |segment| {
+        count(&segment, &counters);
+        segments.blocking_send(segment).map_err(|_| Gone)
+    }
+}
+
+/// Reading RAM is work for a thread that may wait.
+async fn on_thread<T: Send + 'static>(
+    mut direct: Direct,
+    work: impl FnOnce(&mut Direct) -> Result<T, DirectError> + Send + 'static,
+) -> Result<(Direct, T), IngestError> {
+    let done = spawn_blocking(move || work(&mut direct).map(|found| (direct, found))).await;
+    Ok(done.map_err(io::Error::other)??)
+}
+
+/// All that QEMU writes.
+async fn read_rest(stream: &UnixStream) -> Result<Vec<u8>, IngestError> {
+    let mut rest = Vec::new();
+    let mut buffer = vec![0; READ];
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut buffer) {
+            Ok(0) => return Ok(rest),
+            Ok(read) if rest.len() + read > MAX_REST => {
+                let text = format!("QEMU writes more than {MAX_REST} bytes beside the RAM in files");
+                return Err(io::Error::other(text).into());
+            }
+            Ok(read) => rest.extend_from_slice(&buffer[..read]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Whether a VM's RAM may be read and tracked from outside. Nothing is changed by asking.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::mapped::{FileId, Ram, Unmapped, maps_file};
+use crate::qmp::{Qemu, QmpError};
+
+/// Open files of a process that are looked at.
+const MAX_FILES: usize = 65_536;
+/// What an open file's flags have in them where its reads go past the page cache.
+const O_DIRECT: u32 = rustix::fs::OFlags::DIRECT.bits();
+/// What QEMU opens for devices that write guest memory by themselves.
+const DEVICES: [&str; 4] = ["/dev/vfio/", "/dev/vhost-vdpa", "/dev/iommu", "anon_inode:[kvm-gmem]"];
+
+/// Why a VM's RAM cannot be read directly.
+#[derive(Debug, thiserror::Error)]
+pub enum Unfit {
+    /// There is no file that holds it.
+    #[error(transparent)]
+    Unmapped(#[from] Unmapped),
+    /// QEMU (8.1+) leaves out only named files with x-ignore-shared, and would send this RAM while the guest stands still.
+    #[error("RAM block {block} lies in no named file (use memory-backend-file with mem-path and share=on)")]
+    Unnamed {
+        /// The block.
+        block: String,
+    },
+    /// A large block outside of the files would be sent while the guest stands still.
+    #[error("RAM block {block} of {bytes} bytes is not in a shared file")]
+    Outside {
+        /// The block.
+        block: String,
+        /// Its length.
+        bytes: u64,
+    },
+    /// The VMM refused an answer.
+    #[error("the VMM does not tell about its memory")]
+    Qmp(#[from] QmpError),
+    /// A device writes past the process's page tables.
+    #[error("the VMM has {file} open: such a device writes guest memory unseen")]
+    Device {
+        /// What it has open.
+        file: String,
+    },
+    /// Reads that bypass the page cache write into pinned pages.
+    #[error("the VMM has {file} open for direct I/O, whose reads write guest memory unseen (cache.direct=off)")]
+    DirectIo {
+        /// The file.
+        file: String,
+    },
+    /// Somebody else can write the guest's memory.
+    #[error("process {pid} maps the guest's memory, too")]
+    Shared {
+        /// That process.
+        pid: u32,
+    },
+    /// The processes cannot be looked into.
+    #[error("cannot look into the processes of this machine")]
+    Proc(#[source] io::Error),
+}
+
+/// Bytes of a block outside of shared files: what a display adapter has. It goes while the guest stands still.
+const MAX_OUTSIDE: u64 = 64 << 20;
+
+/// The RAM of a VM that may be read directly.
+#[derive(Debug)]
+pub struct Fit {
+    pub(super) ram: Ram,
+    /// The VMM's process.
+    pub(super) pid: i32,
+    /// The VM has a balloon, which gives pages back without writing to them.
+    pub(super) balloon: bool,
+}
+
+impl Fit {
+    /// Looks at the VM, through QMP and its process.
+    ///
+    /// # Errors
+    /// Why its RAM has to be taken from its migration stream instead.
+    pub async fn find(qemu: &Qemu) -> Result<Self, Unfit> {
+        let pid = qemu.qmp().pid().filter(|&pid| pid > 0).ok_or(Unmapped::NoProcess)?;
+        let ram = Ram::open(qemu).await?;
+        for (name, backing) in ram.backings() {
+            if !backing.mapping.is_some_and(|mapping| mapping.named) {
+                return Err(Unfit::Unnamed { block: String::from_utf8_lossy(name).into_owned() });
+            }
+        }
+        for block in qemu.ram_blocks().await? {
+            let inside = ram.backings().any(|(name, _)| name == block.name.as_bytes());
+            if !inside && block.used > MAX_OUTSIDE {
+                return Err(Unfit::Outside { block: block.name, bytes: block.used });
+            }
+        }
+        let balloon = match qemu.qmp().execute("query-balloon", Value::Null).await {
+            Ok(_) => true,
+            Err(error) if error.is_refusal() => false,
+            Err(error) => return Err(error.into()),
+        };
+        devices(Path::new(&format!("/proc/{pid}")))?;
+        let files: Vec<FileId> =
+            ram.backings().filter_map(|(_, b)| b.mapping).map(|mapping| mapping.file).collect();
+        sharers(pid.unsigned_abs(), &files)?;
+        Ok(Fit { ram, pid, balloon })
+    }
+
+    /// Bytes of RAM that are read directly.
+    pub fn bytes(&self) -> u64 {
+        self.ram.bytes()
+    }
+}
+
+/// Looks at what a process has open, by its folder under /proc.
+fn devices(process: &Path) -> Result<(), Unfit> {
+    for entry in fs::read_dir(process.join("fd")).map_err(Unfit::Proc)?.take(MAX_FILES) {
+        let entry = entry.map_err(Unfit::Proc)?;
+        // One that was closed meanwhile.
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        let file = target.to_string_lossy().into_owned();
+        if DEVICES.iter().any(|device| file.starts_with(device)) {
+            return Err(Unfit::Device { file });
+        }
+        let info = fs::read_to_string(process.join("fdinfo").join(entry.file_name())).unwrap_or_default();
+        if flags(&info).is_some_and(|flags| flags & O_DIRECT != 0) && target.is_absolute() {
+            return Err(Unfit::DirectIo { file });
+        }
+    }
+    Ok(())
+}
+
+/// The flags in a file's `fdinfo` (proc_pid_fdinfo(5)).
+fn flags(info: &str) -> Option<u32> {
+    let line = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    u32::from_str_radix(line.trim(), 8).ok()
+}
+
+/// Looks for processes beside `vmm` and this one that map one of the files.
+fn sharers(vmm: u32, files: &[FileId]) -> Result<(), Unfit> {
+    for entry in fs::read_dir("/proc").map_err(Unfit::Proc)? {
+        let name = entry.map_err(Unfit::Proc)?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        if pid == vmm || pid == std::process::id() {
+            continue;
+        }
+        if files.iter().any(|&file| maps_file(pid, file) == Some(true)) {
+            return Err(Unfit::Shared { pid });
+        }
+    }
+    Ok(())
+}
