@@ -36,6 +36,14 @@ async fn a_copy_is_kept_up(name: &str, version: QemuVersion) {
     let ram = tempfile::Builder::new().prefix("dwcp-track").tempfile_in("/dev/shm").unwrap();
     let mut spec = QemuSpec::new(version, Role::Source);
     spec.backing = Backing::File(ram.path().to_owned());
+    if rustix::process::geteuid().is_root() {
+        // As in production: a QEMU without privileges, to which less is allowed.
+        let user = match version {
+            QemuVersion::V7_2 => ["-runas", "nobody"],
+            QemuVersion::V10_0 => ["-run-with", "user=nobody"],
+        };
+        spec.extra.extend(user.map(String::from));
+    }
     let vm = Vm::launch(&kit, dir.path(), "a", &spec).unwrap().booted().unwrap();
     let qemu = Qemu::connect(&vm.qmp_path(), QmpConfig::default()).await.unwrap();
     let pid = vm.pid();

@@ -113,7 +113,7 @@ pub enum InjectError {
 /// told by it (`UFFD_USER_MODE_ONLY`), or an unprivileged process could not make one; asynchronous write protection tells of
 /// all writes nevertheless.
 ///
-/// It takes less than a millisecond while one thread stands still, and at most some seconds if no thread can be had. No other thread of
+/// One thread stands still for some 0.1 ms of it, and it takes at most some seconds if no thread can be had. No other thread of
 /// ours may wait for that process meanwhile (waitpid(2)), if it is our child: it would see the tracer's events.
 pub(crate) fn userfaultfd_in(pid: i32, pidfd: BorrowedFd<'_>) -> Result<OwnedFd, InjectError> {
     #[cfg(target_arch = "x86_64")]

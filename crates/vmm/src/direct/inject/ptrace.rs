@@ -190,8 +190,13 @@ impl Traced {
 
 impl Drop for Traced {
     fn drop(&mut self) {
-        // Fails if it does not stand still: then it is let go when this thread ends.
-        let _ = self.resume(libc::PTRACE_DETACH, 0);
+        // If it does not stand still it is let go when this thread ends. To try now would lose a signal at which it stops just then.
+        let signal = match self.look() {
+            Ok(Some(Stop::Signal(signal))) => signal,
+            Ok(Some(_)) => 0,
+            Ok(None) | Err(_) => return,
+        };
+        let _ = self.resume(libc::PTRACE_DETACH, signal);
     }
 }
 

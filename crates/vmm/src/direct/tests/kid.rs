@@ -103,10 +103,17 @@ impl Kid {
         kill_process(Pid::from_raw(self.pid()).unwrap(), Signal::KILL).unwrap();
     }
 
-    /// The files that it has open.
-    pub(super) fn files(&self) -> Vec<String> {
-        let folder = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
-        folder.map(|file| std::fs::read_link(file.unwrap().path()).unwrap().display().to_string()).collect()
+    /// Waits until it has no userfaultfd open: the thread that made one closes it as soon as it runs again.
+    pub(super) fn keeps_nothing(&self) {
+        let begun = Instant::now();
+        let is_one = |file: std::io::Result<std::fs::DirEntry>| {
+            let target = file.and_then(|file| std::fs::read_link(file.path()));
+            target.is_ok_and(|target| target.to_string_lossy().contains("userfaultfd"))
+        };
+        while std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().any(is_one) {
+            assert!(begun.elapsed() < LIMIT, "a userfaultfd is left open");
+            std::thread::yield_now();
+        }
     }
 
     fn answer(&self) -> String {
