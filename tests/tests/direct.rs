@@ -167,9 +167,10 @@ fn ram_in_a_memfd_comes_by_qemus_stream() -> Result<()> {
     let Some(kit) = Scene::kit_or_skip("ram_in_a_memfd_comes_by_qemus_stream") else { return Ok(()) };
     let spec = QemuSpec { backing: Backing::Memfd, ..spec(QemuVersion::V10_0) };
     let scene = Scene::with(&kit, spec, attaches(), AgentConfig::default())?;
+    scene.incoming()?.success()?;
     let check = scene.migrate(&["--source", "direct", "--check"])?;
     ensure!(check.stdout.contains("in no named file"), "{check:?}");
-    let result = scene.move_guest(&["--source", "direct"])?;
+    let result = scene.migrate(&["--source", "direct"])?.success()?.json()?;
     ensure!(result["source"] == "stream" && says(&result, "in no named file"), "{result}");
     scene.to.guest_ok_for(Duration::from_secs(1))?;
     Ok(())

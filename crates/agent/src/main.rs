@@ -18,6 +18,7 @@ mod flags;
 mod http;
 mod identity;
 mod logging;
+mod memory;
 mod process;
 mod readiness;
 mod service;
@@ -69,6 +70,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    memory::begin();
     let cli = Cli::parse();
     match (cli.command, cli.config) {
         (Some(Command::CheckConfig { file }), _) => check_config(&file),

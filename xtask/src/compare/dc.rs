@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use dwcp_tests::{
-    Agent, AgentConfig, Backing, Cable, End, GuestLoad, Kit, Mix, Qemu, QemuSpec, QemuVersion, Role,
+    ATTACHES, Agent, AgentConfig, Backing, Cable, End, GuestLoad, Kit, Mix, Qemu, QemuSpec, QemuVersion, Role,
 };
 use serde_json::{Value, json};
 
@@ -85,6 +85,8 @@ enum Contender {
     Internet { mapped: bool },
     /// The agents, by path v3 in datacenter mode without TLS, into mapped RAM over one stream, from QEMU's multifd.
     Channels { channels: u8 },
+    /// The agents, by path v3 in datacenter mode, into mapped RAM, which the source's agent reads itself.
+    Direct { tls: bool, streams: u32 },
 }
 
 impl Contender {
@@ -96,25 +98,31 @@ impl Contender {
             }
         }
         all.extend([2, 4].map(|channels| Contender::Channels { channels }));
+        for tls in [false, true] {
+            all.extend([1, 2, 4].map(|streams| Contender::Direct { tls, streams }));
+        }
         all
     }
 
     fn name(self) -> String {
         let over = |tls| if tls { "TLS" } else { "plain" };
+        let some = |streams| format!("{streams} stream{}", if streams == 1 { "" } else { "s" });
         match self {
             Contender::Qemu { multifd: false } => "QEMU to QEMU".into(),
             Contender::Qemu { multifd: true } => format!("QEMU to QEMU, multifd {CHANNELS}"),
             Contender::V1 { tls } => format!("v1, {}", over(tls)),
             Contender::V3 { tls, mapped, streams } => {
                 let sink = if mapped { "mapped" } else { "stream" };
-                let plural = if streams == 1 { "" } else { "s" };
-                format!("v3, {}, {sink} sink, {streams} stream{plural}", over(tls))
+                format!("v3, {}, {sink} sink, {}", over(tls), some(streams))
             }
             Contender::Internet { mapped } => {
                 format!("v3, internet mode, {}", if mapped { "mapped sink" } else { "cache" })
             }
             Contender::Channels { channels } => {
                 format!("v3, plain, mapped sink, 1 stream, {channels} channels")
+            }
+            Contender::Direct { tls, streams } => {
+                format!("v3, {}, direct source, mapped sink, {}", over(tls), some(streams))
             }
         }
     }
@@ -179,7 +187,7 @@ impl Bench {
         let load = GuestLoad { mib, mix: Mix::Random, check: IDLE_CHECKS, ..GuestLoad::default() }.idle();
         let spec = QemuSpec {
             ram_mib: mib + BESIDE_MIB,
-            backing: Backing::Memfd,
+            backing: Backing::shared_file(),
             prealloc: true,
             load,
             namespace: Some(cable.namespace(End::A)),
@@ -196,7 +204,7 @@ impl Bench {
                 v1_plain: !tls,
                 datacenter_encryption: if tls { "tls" } else { "none" },
                 namespace: Some(cable.namespace(end)),
-                extra: format!("[hde]\nmapped = {mapped}\n"),
+                extra: format!("[hde]\nmapped = {mapped}\n{ATTACHES}"),
                 ..AgentConfig::default()
             };
             let (a, b) = Agent::pair(&folder, config(End::A), config(End::B))?;
@@ -217,6 +225,10 @@ impl Bench {
     /// One move to a fresh destination. With `compare` both memories are compared afterwards.
     fn run(&mut self, contender: Contender, state: GuestState, compare: bool) -> Result<Run> {
         let Bench { agents, latencies, stage, .. } = self;
+        let mut note = |latency: Latency| match latencies.iter_mut().find(|(of, _)| *of == contender) {
+            Some((_, all)) => all.add(&latency),
+            None => latencies.push((contender, latency)),
+        };
         let pair = |tls: bool, mapped: bool| {
             let pair = agents.iter().find(|pair| (pair.tls, pair.mapped) == (tls, mapped));
             pair.map(|pair| (&pair.a, &pair.b)).context("no such agents")
@@ -236,12 +248,26 @@ impl Bench {
                 let (a, b) = pair(tls, mapped)?;
                 let before = Latency::of(a)?;
                 let run = stage.by_agents((a, b), destination, &arguments, |result| is(result, &expected))?;
-                let latency = Latency::of(a)?.since(&before);
-                match latencies.iter_mut().find(|(of, _)| *of == contender) {
-                    Some((_, all)) => all.add(&latency),
-                    None => latencies.push((contender, latency)),
-                }
+                note(Latency::of(a)?.since(&before));
                 Ok(run)
+            }
+            Contender::Direct { tls, streams } => {
+                let streams = streams.to_string();
+                let mut arguments = vec!["--path", "v3", "--mode", "datacenter", "--source", "direct"];
+                arguments.extend(["--streams", streams.as_str()]);
+                let expected = json!({
+                    "path": "v3", "encryption": encryption(tls), "sink": "mapped", "source": "direct"
+                });
+                let (a, b) = pair(tls, true)?;
+                let before = Latency::of(a)?;
+                let mut bytes = 0.0;
+                let run = stage.by_agents((a, b), destination, &arguments, |result| {
+                    // Of which QEMU has sent next to nothing.
+                    bytes = result["raw_bytes"].as_f64().context("raw_bytes")?;
+                    is(result, &expected)
+                })?;
+                note(Latency::of(a)?.since(&before));
+                Ok(Run { bytes, ..run })
             }
             Contender::Internet { mapped } => {
                 let arguments = ["--path", "v3", "--mode", "internet"];

@@ -188,7 +188,7 @@ impl Stage {
         let spec = QemuSpec { namespace: self.there.clone(), ..self.spec.destination() };
         let mut destination = Qemu::launch(&self.kit, self.dir.path(), &name, &spec)?;
         for vm in [&self.source, &destination] {
-            let capabilities = [("events", true), ("multifd", false)]
+            let capabilities = [("events", true), ("multifd", false), ("x-ignore-shared", false)]
                 .map(|(name, state)| json!({ "capability": name, "state": state }));
             vm.watch().run("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
         }

@@ -531,7 +531,7 @@ impl Run {
         self.count();
         // Whoever moves the guest next need not know how it was tried here.
         if (self.channels.is_multifd() || self.report.is_direct())
-            && matches!(self.outcome, Some(Outcome::Aborted(_)))
+            && matches!(self.outcome, Some(Outcome::Aborted(_) | Outcome::Moved))
             && let Ok(qemu) = self.guest.reach().await
             && let Err(error) = qemu.set_capabilities(&[("multifd", false), ("x-ignore-shared", false)]).await
         {

@@ -53,7 +53,7 @@ impl Report {
              Made by `cargo xtask compare dc`; make it anew with that (the notes at the end are kept).\n\n\
              The same guest goes from the same QEMU to a fresh QEMU, between two network namespaces joined by a veth pair, carried \
              by one contender after the other. The guest has {mib} MiB of random data and {BESIDE_MIB} MiB beside it, its RAM is a \
-             shared memfd, and the destination's is preallocated and touched, so that first touches are not measured. Bandwidth is \
+             shared file in memory, and the destination's is preallocated and touched, so that first touches are not measured. Bandwidth is \
              not limited. *Plain* v3 is signed, and not encrypted.\n\n\
              ## The machine\n\n- day: {}\n{facts}",
             machine::today()?,
