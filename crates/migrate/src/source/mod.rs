@@ -9,6 +9,7 @@ mod breaker;
 mod bytes;
 mod carry;
 mod chunks;
+mod encode;
 mod helm;
 mod ingest;
 mod plan;
