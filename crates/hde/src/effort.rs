@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::encode::Choice;
+use crate::encode::{Choice, LANE_LEVEL};
 
 /// What may be chosen, from the cheapest, with the cost of each beside zstd 1. (Programs and a heap of pointers, chunks of 512 KiB:
 /// level -1 costs 0.7 times as much as level 1, 3 1.4 times, 5 3.1 to 3.7, 7 4.5 to 6.4, 9 5.3 to 8.0; from 7 to 9 a few tenths of a point are left.
@@ -75,7 +75,9 @@ impl Effort {
         self.followed += if spent.followed { spent.bytes } else { 0 };
         self.busy = self.busy.saturating_add(spent.busy);
         self.waited = self.waited.saturating_add(spent.waited);
-        if self.bytes >= if self.lane { DWELL * LANE_DWELL } else { DWELL } {
+        // What stands alone loses nothing by a change.
+        let in_lane = matches!(self.choice(), Choice::Sampled(LANE_LEVEL..)) && self.lane;
+        if self.bytes >= if in_lane { DWELL * LANE_DWELL } else { DWELL } {
             *self = Effort::at(self.next(), self.lane);
         }
     }
@@ -153,6 +155,10 @@ mod tests {
         assert_eq!(effort.choice(), Choice::INTERNET);
         effort.spent(idle);
         assert_eq!(effort.choice(), Choice::Sampled(3));
+        // Back from what is too cheap for a lane it comes as soon as without one.
+        let mut effort = Effort::at(0, true);
+        effort.spent(idle);
+        assert_eq!(effort.choice(), Choice::Sampled(1));
     }
 
     #[test]
