@@ -18,7 +18,7 @@ fuzz_target!(|input: &[u8]| {
     };
     let raw_len = match codec {
         Codec::Raw => payload.len(),
-        Codec::Lz4 | Codec::Zstd => u32::from_le_bytes([*r0, *r1, *r2, 0]) as usize,
+        Codec::Lz4 | Codec::Zstd | Codec::Lane => u32::from_le_bytes([*r0, *r1, *r2, 0]) as usize,
     };
     let announced = u32::from_le_bytes([*s0, *s1, *s2, 0]) as usize;
     check(codec, payload, raw_len, announced);

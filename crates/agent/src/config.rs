@@ -332,11 +332,13 @@ pub(crate) struct Hde {
     pub(crate) delta: bool,
     /// As a destination: pages are written straight into the guest's RAM where that is shared.
     pub(crate) mapped: bool,
+    /// Compressed chunks continue one another, where the peer has that too.
+    pub(crate) lanes: bool,
 }
 
 impl Default for Hde {
     fn default() -> Self {
-        Hde { unchanged: true, dedup: true, delta: true, mapped: true }
+        Hde { unchanged: true, dedup: true, delta: true, mapped: true, lanes: true }
     }
 }
 

@@ -216,8 +216,8 @@ fn limits(config: &Config) -> Limits {
 }
 
 fn hde(config: &Config) -> Hde {
-    let config::Hde { unchanged, dedup, delta, mapped } = config.hde;
-    Hde { unchanged, dedup, delta, mapped }
+    let config::Hde { unchanged, dedup, delta, mapped, lanes } = config.hde;
+    Hde { unchanged, dedup, delta, mapped, lanes }
 }
 
 fn bounds(config: &Config) -> Bounds {

@@ -51,6 +51,7 @@ const KEEP: usize = 5 << 19;
 /// Why a payload does not decompress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
+    Lane,
     Length,
     Frame(FrameError),
     Corrupt,
@@ -81,6 +82,8 @@ impl Decompressor {
         raw_len: usize,
     ) -> Result<&'a [u8], Refusal> {
         match codec {
+            // Only a lane's decoder knows what came before.
+            Codec::Lane => Err(Refusal::Lane),
             Codec::Raw if payload.len() == raw_len => Ok(payload),
             Codec::Raw => Err(Refusal::Length),
             Codec::Lz4 => {
@@ -113,7 +116,7 @@ impl Decompressor {
 }
 
 /// The first `len` bytes of a buffer that only ever grows; its bytes are zeroed once, not per chunk.
-fn scratch(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
+pub(crate) fn scratch(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
     if buffer.len() < len {
         buffer.resize(len, 0);
     }

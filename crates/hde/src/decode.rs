@@ -7,6 +7,7 @@ use dwcp_proto::{Codec, VerifiedChunk};
 use crate::codec::{Decompressor, Refusal};
 use crate::content::{Content, Parts, Table};
 use crate::format::TableError;
+use crate::lane::LaneError;
 use crate::zstd_frame::FrameError;
 
 /// Why a payload was refused. Its signature was right, so its sender is at fault: the session ends.
@@ -31,6 +32,9 @@ pub enum DecodeError {
         /// The announced length.
         raw_len: usize,
     },
+    /// The payload is not what comes next in its lane.
+    #[error("lane refused")]
+    Lane(#[from] LaneError),
     /// The payload's header or table of records is wrong.
     #[error("table of records refused")]
     Table(#[from] TableError),
@@ -43,7 +47,7 @@ impl DecodeError {
             DecodeError::Length { .. } | DecodeError::Frame(_) | DecodeError::Corrupt { .. } => "zip_bomb",
             DecodeError::Table(TableError::TooMany) => "zip_bomb",
             DecodeError::Table(TableError::PageIndex | TableError::Block(_)) => "oob_page",
-            DecodeError::Table(_) => "protocol",
+            DecodeError::Table(_) | DecodeError::Lane(_) => "protocol",
         }
     }
 }
@@ -188,7 +192,7 @@ fn write(content: Content<'_>, out: &mut Vec<u8>) {
     let (Ok(()) | Err(_)) = content.replay(out);
 }
 
-fn check_lengths(wire: usize, raw: usize, stream: usize) -> Result<(), DecodeError> {
+pub(crate) fn check_lengths(wire: usize, raw: usize, stream: usize) -> Result<(), DecodeError> {
     within("wire length", wire, MAX_WIRE_PAYLOAD)?;
     within("raw length", raw, MAX_RAW_PAYLOAD)?;
     within("stream length", stream, MAX_SEGMENT_BYTES)
@@ -196,6 +200,7 @@ fn check_lengths(wire: usize, raw: usize, stream: usize) -> Result<(), DecodeErr
 
 fn refused(refusal: Refusal, codec: Codec, raw_len: usize) -> DecodeError {
     match refusal {
+        Refusal::Lane => LaneError::None.into(),
         Refusal::Length => DecodeError::Length { what: "raw length", len: raw_len },
         Refusal::Frame(error) => DecodeError::Frame(error),
         Refusal::Corrupt => DecodeError::Corrupt { codec, raw_len },

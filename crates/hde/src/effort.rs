@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::encode::Choice;
+use crate::encode::{Choice, LANE_LEVEL};
 
 /// What may be chosen, from the cheapest, with the cost of each beside zstd 1. (Programs and a heap of pointers, chunks of 512 KiB:
 /// level -1 costs 0.7 times as much as level 1, 3 1.4 times, 5 3.1 to 3.7, 7 4.5 to 6.4, 9 5.3 to 8.0; from 7 to 9 a few tenths of a point are left.
@@ -27,6 +27,10 @@ const DWELL: u64 = 4 << 20;
 /// time, so that a migration spends one CPU and a half on it at most for as long as the link is what holds it up. (At half of that the choice
 /// stayed at the cheapest level where one core of two was the guest's, while a link of 200 Mbit/s was full and a quarter of a core idle.)
 const SHARE: f64 = 0.5;
+/// The same where a lane is compressed by one thread: with the chunks of a lane nothing is compressed beside them.
+const LANE_SHARE: f64 = SHARE * 0.6;
+/// With a lane [`DWELL`] is this many times as long: a frame that begins anew begins without a window.
+const LANE_DWELL: u64 = 4;
 /// The encoder is what holds the link up when chunks wait for less than this part of what they cost.
 const HURRY: f64 = 0.25;
 
@@ -46,6 +50,7 @@ pub struct Spent {
 /// See the module. One per leg.
 #[derive(Debug, Clone)]
 pub struct Effort {
+    lane: bool,
     rung: usize,
     bytes: u64,
     followed: u64,
@@ -54,6 +59,11 @@ pub struct Effort {
 }
 
 impl Effort {
+    /// For a leg whose chunks go into a lane.
+    pub fn in_lane() -> Self {
+        Effort::at(FIRST, true)
+    }
+
     /// What the next chunk is to get.
     pub fn choice(&self) -> Choice {
         LADDER[self.rung].0
@@ -65,17 +75,20 @@ impl Effort {
         self.followed += if spent.followed { spent.bytes } else { 0 };
         self.busy = self.busy.saturating_add(spent.busy);
         self.waited = self.waited.saturating_add(spent.waited);
-        if self.bytes >= DWELL {
-            *self = Effort::at(self.next());
+        // What stands alone loses nothing by a change.
+        let in_lane = matches!(self.choice(), Choice::Sampled(LANE_LEVEL..)) && self.lane;
+        if self.bytes >= if in_lane { DWELL * LANE_DWELL } else { DWELL } {
+            *self = Effort::at(self.next(), self.lane);
         }
     }
 
     fn next(&self) -> usize {
+        let share = if self.lane { LANE_SHARE } else { SHARE };
         let (busy, waited) = (self.busy.as_secs_f64(), self.waited.as_secs_f64());
         let dearer = |rung: &usize| {
             LADDER
                 .get(*rung)
-                .is_some_and(|(_, cost)| busy * cost / LADDER[self.rung].1 <= SHARE * (busy + waited))
+                .is_some_and(|(_, cost)| busy * cost / LADDER[self.rung].1 <= share * (busy + waited))
         };
         if waited < HURRY * busy && self.followed > self.bytes / 2 {
             self.rung.saturating_sub(1)
@@ -84,14 +97,14 @@ impl Effort {
         }
     }
 
-    fn at(rung: usize) -> Self {
-        Effort { rung, bytes: 0, followed: 0, busy: Duration::ZERO, waited: Duration::ZERO }
+    fn at(rung: usize, lane: bool) -> Self {
+        Effort { lane, rung, bytes: 0, followed: 0, busy: Duration::ZERO, waited: Duration::ZERO }
     }
 }
 
 impl Default for Effort {
     fn default() -> Self {
-        Effort::at(FIRST)
+        Effort::at(FIRST, false)
     }
 }
 
@@ -104,8 +117,11 @@ mod tests {
     /// Chunks of which each costs so much at level 1 and is sent so long after its beginning, on a machine that encodes three at a
     /// time; what is chosen in the end.
     fn settles(cost: Duration, period: Duration, followed: bool) -> Choice {
-        let mut effort = Effort::default();
-        for _ in 0..40 * DWELL / CHUNK {
+        settles_from(Effort::default(), cost, period, followed)
+    }
+
+    fn settles_from(mut effort: Effort, cost: Duration, period: Duration, followed: bool) -> Choice {
+        for _ in 0..40 * LANE_DWELL * DWELL / CHUNK {
             let busy = cost.mul_f64(LADDER[effort.rung].1);
             effort.spent(Spent { bytes: CHUNK, busy, waited: (period * 3).saturating_sub(busy), followed });
         }
@@ -120,6 +136,29 @@ mod tests {
         assert_eq!(settles(cost, Duration::from_millis(2), true), Choice::Sampled(3));
         assert_eq!(settles(cost, Duration::from_millis(1), true), Choice::Sampled(1));
         assert_eq!(settles(cost, Duration::ZERO, true), Choice::Sampled(-1));
+    }
+
+    #[test]
+    fn a_lane_leaves_less_time_and_changes_less_often() {
+        let settles = |period| {
+            settles_from(Effort::in_lane(), Duration::from_millis(2), Duration::from_millis(period), true)
+        };
+        assert_eq!([100, 6, 2, 0].map(settles), [9, 3, 1, -1].map(Choice::Sampled));
+        let mut effort = Effort::in_lane();
+        let idle = Spent {
+            bytes: DWELL,
+            busy: Duration::from_millis(1),
+            waited: Duration::from_secs(1),
+            followed: true,
+        };
+        (1..LANE_DWELL).for_each(|_| effort.spent(idle));
+        assert_eq!(effort.choice(), Choice::INTERNET);
+        effort.spent(idle);
+        assert_eq!(effort.choice(), Choice::Sampled(3));
+        // Back from what is too cheap for a lane it comes as soon as without one.
+        let mut effort = Effort::at(0, true);
+        effort.spent(idle);
+        assert_eq!(effort.choice(), Choice::Sampled(1));
     }
 
     #[test]

@@ -8,12 +8,16 @@ use dwcp_proto::{Codec, Record, Segment, StreamOffset};
 use crate::codec::Compressor;
 use crate::fingerprint::{LINE, PROOF};
 use crate::format::{Header, OP_OPAQUE, write_varint};
+use crate::lane::{LaneEncoder, MAX_LANE_RAW};
 use crate::layout::Layout;
 use crate::memory::Memory;
 use crate::sample;
 
 /// Compression that saves less than one part in this many is not worth the receiver's time.
 const MIN_SAVING: usize = 32;
+
+/// The lowest level of a lane. Where less is chosen the link waits for the CPU, and a lane is compressed by one thread.
+pub const LANE_LEVEL: i32 = 1;
 
 /// Which codec a chunk is to get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +73,20 @@ impl Choice {
     /// All of these names.
     pub const NAMES: [&'static str; 8] =
         ["raw", "lz4", "zstd-fast", "zstd-1", "zstd-3", "zstd-5", "zstd-7", "zstd-9"];
+
+    /// Its name in metrics for a chunk that goes into a lane.
+    pub fn lane_name(self) -> &'static str {
+        match self.name() {
+            "zstd-1" => "lane-1",
+            "zstd-3" => "lane-3",
+            "zstd-5" => "lane-5",
+            "zstd-7" => "lane-7",
+            _ => "lane-9",
+        }
+    }
+
+    /// All of these names.
+    pub const LANE_NAMES: [&'static str; 5] = ["lane-1", "lane-3", "lane-5", "lane-7", "lane-9"];
 }
 
 /// What became of a segment, beside its payload.
@@ -304,44 +322,130 @@ impl Reading<'_> {
     pub fn write(self, choice: Choice, payload: &mut Vec<u8>) -> Encoded {
         let Reading { encoder: Encoder { layout, compressor, raw }, segment } = self;
         payload.clear();
-        let dense = || sample::incompressible(layout.content(&segment.bytes));
-        let (codec, fallback) = match choice {
-            Choice::Raw => (Codec::Raw, None),
-            Choice::Sampled(_) if dense() => (Codec::Raw, Some(Fallback::Incompressible)),
-            Choice::Lz4 => (Codec::Lz4, None),
-            Choice::Zstd(_) | Choice::Sampled(_) => (Codec::Zstd, None),
+        let fallback = match choice {
+            Choice::Raw => None,
+            Choice::Sampled(_) if sample::incompressible(layout.content(&segment.bytes)) => {
+                Some(Fallback::Incompressible)
+            }
+            Choice::Lz4 | Choice::Zstd(_) | Choice::Sampled(_) => {
+                raw.clear();
+                layout.gather(&segment.bytes, raw);
+                return compress(compressor, raw, choice, layout.stats(), payload);
+            }
         };
-        let encoded = |codec, raw_len: usize, fallback, payload: &[u8]| {
-            let payload_bytes = payload.len() as u64;
-            let (compressed_from, compressed_to, raw_bytes) = match codec {
-                Codec::Raw => (0, 0, payload_bytes),
-                Codec::Lz4 | Codec::Zstd => (raw_len as u64, payload_bytes, 0),
-            };
-            let stats = Stats { payload_bytes, compressed_from, compressed_to, raw_bytes, ..layout.stats() };
-            Encoded { codec, raw_len: raw_len as u32, fallback, stats }
+        layout.gather(&segment.bytes, payload);
+        encoded(Codec::Raw, payload.len(), fallback, layout.stats(), payload)
+    }
+
+    /// The same where there is a lane, which takes all that is compressed at level [`LANE_LEVEL`] and above.
+    pub fn write_or_gather(self, choice: Choice, payload: &mut Vec<u8>) -> Written {
+        let (Choice::Zstd(level) | Choice::Sampled(level)) = choice else {
+            return Written::Done(self.write(choice, payload));
         };
-        if codec == Codec::Raw {
-            layout.gather(&segment.bytes, payload);
-            return encoded(codec, payload.len(), fallback, payload);
+        let Reading { encoder: Encoder { layout, .. }, segment } = &self;
+        let sampled = matches!(choice, Choice::Sampled(_));
+        let dense = sampled && sample::incompressible(layout.content(&segment.bytes));
+        if level < LANE_LEVEL || dense || layout.gathered_len() > MAX_LANE_RAW {
+            return Written::Done(self.write(choice, payload));
         }
+        let Reading { encoder: Encoder { layout, raw, .. }, segment } = self;
+        let mut raw = std::mem::take(raw);
         raw.clear();
-        layout.gather(&segment.bytes, raw);
-        let raw_len = raw.len();
-        let compressed = match choice {
-            Choice::Zstd(level) | Choice::Sampled(level) => compressor.zstd(raw, level),
-            Choice::Raw | Choice::Lz4 => compressor.lz4(raw),
+        layout.gather(&segment.bytes, &mut raw);
+        Written::Gathered(Gathered { raw, level, stats: layout.stats() })
+    }
+}
+
+/// What [`Reading::write_or_gather`] made of a segment.
+pub enum Written {
+    /// The payload is there.
+    Done(Encoded),
+    /// It is to go into the lane, when its turn comes.
+    Gathered(Gathered),
+}
+
+/// A payload before compression.
+pub struct Gathered {
+    raw: Vec<u8>,
+    level: i32,
+    stats: Stats,
+}
+
+impl Gathered {
+    /// Compresses it as the lane's next chunk, or alone where the lane is gone. `encoder` is any: it gets the buffer.
+    pub fn write(
+        self,
+        encoder: &mut Encoder,
+        lane: &mut Option<LaneEncoder>,
+        payload: &mut Vec<u8>,
+    ) -> Encoded {
+        let Gathered { raw, level, stats } = self;
+        let done = match lane.as_mut().map(|lane| lane.compress(&raw, level, payload)) {
+            Some(Some(())) => encoded(Codec::Lane, raw.len(), None, stats, payload),
+            failed => {
+                if failed.is_some() {
+                    *lane = None;
+                }
+                encoder.raw = raw;
+                return compress(
+                    &mut encoder.compressor,
+                    &mut encoder.raw,
+                    Choice::Zstd(level),
+                    stats,
+                    payload,
+                );
+            }
         };
-        match compressed {
-            Some(compressed) if compressed.len() < raw_len - raw_len / MIN_SAVING => {
-                payload.extend_from_slice(compressed);
-                encoded(codec, raw_len, None, payload)
-            }
-            _ => {
-                std::mem::swap(payload, raw);
-                encoded(Codec::Raw, raw_len, Some(Fallback::NoGain), payload)
-            }
+        encoder.raw = raw;
+        done
+    }
+
+    /// Bytes before compression.
+    pub fn raw_len(&self) -> usize {
+        self.raw.len()
+    }
+}
+
+/// Compresses `raw` alone; where that gains nothing the two are exchanged.
+fn compress(
+    compressor: &mut Compressor,
+    raw: &mut Vec<u8>,
+    choice: Choice,
+    stats: Stats,
+    payload: &mut Vec<u8>,
+) -> Encoded {
+    payload.clear();
+    let raw_len = raw.len();
+    let (codec, compressed) = match choice {
+        Choice::Zstd(level) | Choice::Sampled(level) => (Codec::Zstd, compressor.zstd(raw, level)),
+        Choice::Raw | Choice::Lz4 => (Codec::Lz4, compressor.lz4(raw)),
+    };
+    match compressed {
+        Some(compressed) if compressed.len() < raw_len - raw_len / MIN_SAVING => {
+            payload.extend_from_slice(compressed);
+            encoded(codec, raw_len, None, stats, payload)
+        }
+        _ => {
+            std::mem::swap(payload, raw);
+            encoded(Codec::Raw, raw_len, Some(Fallback::NoGain), stats, payload)
         }
     }
+}
+
+fn encoded(
+    codec: Codec,
+    raw_len: usize,
+    fallback: Option<Fallback>,
+    stats: Stats,
+    payload: &[u8],
+) -> Encoded {
+    let payload_bytes = payload.len() as u64;
+    let (compressed_from, compressed_to, raw_bytes) = match codec {
+        Codec::Raw => (0, 0, payload_bytes),
+        Codec::Lz4 | Codec::Zstd | Codec::Lane => (raw_len as u64, payload_bytes, 0),
+    };
+    let stats = Stats { payload_bytes, compressed_from, compressed_to, raw_bytes, ..stats };
+    Encoded { codec, raw_len: raw_len as u32, fallback, stats }
 }
 
 impl Default for Encoder {

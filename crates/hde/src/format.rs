@@ -78,10 +78,19 @@
 //! The chunk's codec covers the whole payload: *raw* as it is; *lz4*, one block; *zstd*, one frame with its
 //! content size, without dictionary id, its window at most [`MAX_WINDOW`]. The announced raw length is exact.
 //!
+//! *lane*: the chunk continues the one before it in its lane. It is a big-endian position of 4 bytes, and then the blocks (RFC 8878,
+//! section 3.1.1.2) that bring the lane's frame to the end of this chunk's content. Position 0 begins a frame: its header comes first,
+//! with a window of at most what was agreed on, and without content size, checksum or dictionary. Any other position is that of the
+//! lane's chunk before plus one. A frame never ends; the next one, and the next leg, just begin. There is one lane, number 0; chunks of
+//! other codecs may lie between its chunks, and are not part of it. It is decoded in the order of the chunks' sequence numbers, so a chunk
+//! that is lost or late is waited for, and one that comes twice is dropped, before anything is decoded; and what was put into a lane has to
+//! be sent as it is. A lane's chunk may be of version 1 or 2.
+//!
 //! # Versions
 //!
 //! A decoder refuses a version or an operation that it does not know. A new operation, codec or lane with a
-//! longer window needs a new version or codec number, agreed at negotiation. Version 2 is sent only where both
+//! longer window needs a new version or codec number, agreed at negotiation. The codec *lane* is sent only where the
+//! choice has a `lane_window`, which both sides offered; an older agent offers none. Version 2 is sent only where both
 //! sides offered it and the receiver has said what it holds.
 
 use crate::fingerprint::{LINE, PROOF};

@@ -117,24 +117,8 @@ impl Layout {
 
     /// Appends the payload before compression; `bytes` are the segment's.
     pub(crate) fn gather(&self, bytes: &[u8], out: &mut Vec<u8>) {
-        let header = Header {
-            names: self.used.len() as u16,
-            table_len: self.table.len() as u32,
-            opaque_len: self.stats.opaque_bytes as u32,
-            pages: self.pages.len() as u32,
-            proofs: self.referenced.len() as u32,
-            masks: self.deltas.len() as u32,
-            lines: self.stats.delta_lines as u32,
-        };
-        out.reserve(
-            Header::MAX_LEN
-                + self.table.len()
-                + header.opaque_len as usize
-                + self.referenced.len() * PROOF
-                + self.deltas.len() * size_of::<u32>()
-                + self.pages.len() * PAGE_SIZE
-                + header.lines as usize * LINE,
-        );
+        let header = self.header();
+        out.reserve(self.gathered_len());
         header.write(out);
         out.extend_from_slice(&self.table);
         self.opaque.iter().for_each(|range| out.extend_from_slice(&bytes[range.clone()]));
@@ -144,6 +128,29 @@ impl Layout {
         self.deltas.iter().for_each(|(_, mask)| out.extend_from_slice(&mask.to_be_bytes()));
         self.pages.iter().for_each(|&at| out.extend_from_slice(page(at)));
         self.lines(bytes).for_each(|line| out.extend_from_slice(line));
+    }
+
+    fn header(&self) -> Header {
+        Header {
+            names: self.used.len() as u16,
+            table_len: self.table.len() as u32,
+            opaque_len: self.stats.opaque_bytes as u32,
+            pages: self.pages.len() as u32,
+            proofs: self.referenced.len() as u32,
+            masks: self.deltas.len() as u32,
+            lines: self.stats.delta_lines as u32,
+        }
+    }
+
+    /// Bytes of the payload before compression, or a few more.
+    pub(crate) fn gathered_len(&self) -> usize {
+        Header::MAX_LEN
+            + self.table.len()
+            + self.stats.opaque_bytes as usize
+            + self.referenced.len() * PROOF
+            + self.deltas.len() * size_of::<u32>()
+            + self.pages.len() * PAGE_SIZE
+            + self.stats.delta_lines as usize * LINE
     }
 
     /// The content that a codec could shorten, slice by slice.

@@ -20,7 +20,8 @@
 //!
 //! Each worker thread owns one [`Encoder`] or one [`Decoder`]: contexts and buffers are reused, so a chunk
 //! costs no allocation once they have grown to their bounded size. Reading a segment with a [`Memory`] and replaying
-//! have to go in the stream's order; compressing and unpacking need not. This crate does no I/O and knows no clock.
+//! have to go in the stream's order; compressing and unpacking need not, but for a lane's chunks: a [`LaneEncoder`] and a [`LaneDecoder`]
+//! go from chunk to chunk. This crate does no I/O and knows no clock.
 //!
 //! A [`Decoder`] takes a [`VerifiedChunk`](dwcp_proto::VerifiedChunk), whose digest and signature were
 //! checked. It trusts nothing in it all the same: each length meets a limit of [`dwcp_proto::limits`] before
@@ -34,6 +35,7 @@ mod encode;
 mod fingerprint;
 pub mod format;
 mod held;
+mod lane;
 mod layout;
 mod memory;
 mod sample;
@@ -48,9 +50,13 @@ mod tests;
 pub use content::{Content, Item};
 pub use decode::{DecodeError, Decoder, Unpacked};
 pub use effort::{Effort, Spent};
-pub use encode::{Choice, EncodeError, Encoded, Encoder, Fallback, LayerBytes, Reading, Stats, verbatim};
+pub use encode::{
+    Choice, EncodeError, Encoded, Encoder, Fallback, Gathered, LANE_LEVEL, LayerBytes, Reading, Stats,
+    Written, verbatim,
+};
 pub use format::{HDE_VERSION, TableError};
 pub use held::{Cache, CacheSize, Page, ReplayError, Sink, Span, StreamSink};
+pub use lane::{LaneDecoder, LaneEncoder, LaneError, LaneWindow};
 pub use memory::{Holding, Layers, Memory};
 pub use weigh::{Glance, Glances, Scales};
 pub use zstd_frame::FrameError;

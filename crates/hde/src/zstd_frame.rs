@@ -39,6 +39,26 @@ pub(crate) fn check(payload: &[u8], raw_len: usize) -> Result<(), FrameError> {
     }
 }
 
+/// Checks the header of a frame that is not to end with its payload, and whose content nobody knows the size of: its window is at most
+/// `max_window`.
+pub(crate) fn check_endless(payload: &[u8], max_window: u64) -> Result<(), FrameError> {
+    let rest = payload.strip_prefix(&MAGIC).ok_or(FrameError::NotAFrame)?;
+    match *rest {
+        // No content size, no single segment, no checksum, no dictionary.
+        [0, window, ..] => match window_size(window) {
+            size if size > max_window => Err(FrameError::Window(size)),
+            _ => Ok(()),
+        },
+        [descriptor, ..] if descriptor & 0x03 != 0 => Err(FrameError::Dictionary),
+        _ => Err(FrameError::NotAFrame),
+    }
+}
+
+fn window_size(descriptor: u8) -> u64 {
+    let base = 1u64 << (10 + (descriptor >> 3));
+    base + base / 8 * u64::from(descriptor & 7)
+}
+
 fn content_size(frame: &[u8]) -> Result<u64, FrameError> {
     let rest = frame.strip_prefix(&MAGIC).ok_or(FrameError::NotAFrame)?;
     let (&descriptor, mut rest) = rest.split_first().ok_or(FrameError::NotAFrame)?;
@@ -54,8 +74,7 @@ fn content_size(frame: &[u8]) -> Result<u64, FrameError> {
     if !single_segment {
         let (&window, after) = rest.split_first().ok_or(FrameError::NotAFrame)?;
         rest = after;
-        let base = 1u64 << (10 + (window >> 3));
-        let size = base + base / 8 * u64::from(window & 7);
+        let size = window_size(window);
         if size > MAX_WINDOW {
             return Err(FrameError::Window(size));
         }

@@ -127,12 +127,14 @@ pub struct Hde {
     pub delta: bool,
     /// As a destination: pages are written straight into the guest's RAM where that is shared.
     pub mapped: bool,
+    /// Compressed chunks continue one another, where the peer has that too.
+    pub lanes: bool,
 }
 
 impl Default for Hde {
     /// All of it.
     fn default() -> Self {
-        Hde { unchanged: true, dedup: true, delta: true, mapped: true }
+        Hde { unchanged: true, dedup: true, delta: true, mapped: true, lanes: true }
     }
 }
 

@@ -153,7 +153,8 @@ async fn alone(shared: &Shared, spec: &MigrateSpec) -> Result<Known, Failure> {
     let offer = shared.offer_as_source();
     let unmapped = Err("the destination does not wait yet".to_owned());
     let theirs = Offer { v3: true, ..shared.offer_as_destination() };
-    let theirs = crate::hde::offer(theirs, &unmapped, &description, shared.config.limits.memory);
+    let theirs =
+        crate::hde::offer(theirs, &unmapped, &description, shared.config.limits.memory, shared.config.hde);
     let mut choice =
         choose(&offer, &theirs, source::wish(spec, judged.0), link).map_err(source::impossible)?;
     choice.mode_reason = judged.1;

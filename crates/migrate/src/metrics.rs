@@ -199,7 +199,11 @@ impl Metrics {
             touch(&s.v3_layer_after, ByLayer { layer });
         }
         let fallbacks = Fallback::ALL.map(Fallback::name);
-        Choice::NAMES.iter().chain(&fallbacks).for_each(|&codec| touch(&s.v3_codecs, ByCodec { codec }));
+        Choice::NAMES
+            .iter()
+            .chain(&Choice::LANE_NAMES)
+            .chain(&fallbacks)
+            .for_each(|&codec| touch(&s.v3_codecs, ByCodec { codec }));
         ATTACKS.iter().for_each(|kind| touch(&s.attempts, ByKind { kind }));
         for role in [Role::Source, Role::Destination].map(role_label) {
             for path in ["v1", "v3", "none"] {

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 use crate::error::{Blame, Failure};
 use crate::handshake::{Dialler, Probing};
 use crate::shared::Shared;
+use crate::transport::SEGMENT;
 use crate::wire::{WireError, read_message, write_message};
 
 /// Probes that one node answers at once: each takes a buffer and its share of a processor.
@@ -154,9 +155,6 @@ impl Line {
         Ok(Carried { steady, best, rtt: sample.map(|s| s.min_rtt.min(s.rtt)), resent: resent.min(1.0) })
     }
 }
-
-/// Bytes of a segment on nearly every line.
-const SEGMENT: f64 = 1448.0;
 
 /// Answers a node that probes.
 pub(crate) async fn answer(shared: &Shared, mut probing: Probing) {

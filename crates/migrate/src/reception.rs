@@ -186,8 +186,13 @@ impl Shared {
                 (false, false) => Err("switched off here by [hde] mapped".to_owned()),
                 (false, true) => Ram::open(&qemu).await.map_err(|why| hde::words(&why)),
             };
-            let offer =
-                hde::offer(self.offer_as_destination(), &ram, &description, self.config.limits.memory);
+            let offer = hde::offer(
+                self.offer_as_destination(),
+                &ram,
+                &description,
+                self.config.limits.memory,
+                self.config.hde,
+            );
             let json = description.to_json();
             let json = json.map_err(|e| {
                 Failure::new("description", Blame::Local, e.to_string(), "please report this")

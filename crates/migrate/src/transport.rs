@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dwcp_link::{Connection, DialOptions, LinkError, dial, dial_quic};
 use dwcp_proto::message::{Body, Choice, Offer, Probe};
@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use crate::config::Transport;
 use crate::error::Failure;
 use crate::handshake::Dialler;
-use crate::probe::{Burst, probe};
+use crate::probe::{Burst, Carried, probe};
 use crate::shared::Shared;
 use crate::wire::{WireError, link_failure, read_message, write_message};
 
@@ -39,8 +39,15 @@ const NOTHING: f64 = 0.000_2;
 const TRIPS: u32 = 8;
 const SHORTEST: Duration = Duration::from_millis(160);
 const LONGEST: Duration = Duration::from_millis(1500);
-/// Bytes of a burst: thousands of packets, of which some are lost wherever it matters.
+/// Bytes of the first burst: two thousand packets, of which some are lost wherever it matters.
+const FEW_BYTES: u64 = 3 << 20;
+/// Bytes of a burst that is held against another one: what a link takes to be full comes on top.
 const BYTES: u64 = 8 << 20;
+/// Bytes of a segment on nearly every line.
+pub(crate) const SEGMENT: f64 = 1448.0;
+/// How many times as fast as losses that go on would leave it TCP must be for them to count as its own: a connection that looks for
+/// the link's rate overflows its queue once, and loses hundreds of packets together.
+const OWN_LOSSES: f64 = 5.0;
 
 /// Why QUIC, where it was asked for.
 const ASKED: &str = "[link] transport asks for QUIC";
@@ -94,7 +101,7 @@ pub(crate) fn reason(choice: &Choice, found: &str) -> String {
 }
 
 /// Finds out whether the data of a migration that begins with `choice` should go over QUIC. `rtt` is the round trip, `limit` what may be
-/// taken of the link, bytes a second. Where it measures it takes from a sixth of a second to some four, by the round trip and by what is lost.
+/// taken of the link, bytes a second. Where it measures it takes from a tenth of a second to some four, by the round trip and by what is lost.
 pub(crate) async fn find(
     shared: &Shared,
     dialler: &Dialler,
@@ -128,32 +135,51 @@ pub(crate) async fn find(
     }
 }
 
-/// A burst over each, one after the other: beside each other they would share the link. Where TCP loses nothing, or fills what may be
-/// taken, its own is enough.
+/// A burst over each, one after the other: beside each other they would share the link. Where TCP loses nothing, or only what it
+/// had too much in flight, or fills what may be taken, its own is enough, and a short one at that.
 async fn compare(dialler: &Dialler, choice: &Choice, rtt: Duration, limit: Option<u64>) -> Found {
     let time = (rtt * TRIPS).clamp(SHORTEST, LONGEST);
     let burst = Burst { streams: choice.streams, bytes: BYTES, time, link: Mode::Internet, quic: false };
-    let (tcp, lost) = match probe(dialler, burst).await {
-        Ok(carried) => (carried.steady, carried.resent),
+    let began = Instant::now();
+    let mut tcp = match probe(dialler, Burst { bytes: FEW_BYTES, ..burst }).await {
+        Ok(carried) => carried,
         Err(failure) => {
             warn!(%failure, "the link was not probed");
             return Found::tcp("it could not be measured");
         }
     };
-    let carried = units::rate(tcp);
-    if limit.is_some_and(|limit| tcp >= limit as f64 * ENOUGH) {
+    let carried = units::rate(tcp.steady);
+    if limit.is_some_and(|limit| tcp.steady >= limit as f64 * ENOUGH) {
         return Found::tcp(format!("it carries {carried}, and no more may be taken of the link"));
     }
-    if lost < NOTHING {
+    if tcp.resent < NOTHING {
         return Found::tcp(format!("it carries {carried}, and loses nothing"));
     }
+    if tcp.steady >= left_by_losses(&tcp, rtt, choice.streams) * OWN_LOSSES {
+        return Found::tcp(format!("it carries {carried}, and loses only what it has too much in flight"));
+    }
+    // A burst that ended before its time was over is too short to be held against a longer one.
+    if began.elapsed() < time {
+        match probe(dialler, burst).await {
+            Ok(longer) => tcp = longer,
+            Err(failure) => warn!(%failure, "the link was not probed for longer"),
+        }
+    }
+    let carried = units::rate(tcp.steady);
     match probe(dialler, Burst { quic: true, ..burst }).await {
-        Ok(quic) if quic.steady >= tcp * CLEARLY => {
+        Ok(quic) if quic.steady >= tcp.steady * CLEARLY => {
             Found::quic(format!("it carries {}, and TCP {carried}", units::rate(quic.steady)))
         }
         Ok(quic) => Found::tcp(format!("it carries {carried}, and QUIC {}", units::rate(quic.steady))),
         Err(failure) => Found::tcp(format!("QUIC carried nothing: {}", failure.message)),
     }
+}
+
+/// Bytes a second that `streams` connections would carry if packets went on being lost as they were in the burst: Mathis, Semke, Mahdavi
+/// and Ott, "The macroscopic behavior of the TCP congestion avoidance algorithm" (1997).
+fn left_by_losses(carried: &Carried, rtt: Duration, streams: u32) -> f64 {
+    let rtt = carried.rtt.unwrap_or(rtt).max(Duration::from_micros(1)).as_secs_f64();
+    f64::from(streams) * 1.22 * SEGMENT / (rtt * carried.resent.sqrt())
 }
 
 impl Dialler {
@@ -217,6 +243,21 @@ mod tests {
         assert_eq!(choice, before);
         tell(&mut choice, &Offer { quic: true, ..Offer::default() }, "it carries more");
         assert_eq!(choice.transport_reason, "it carries more");
+    }
+
+    #[test]
+    fn losses_that_go_on_are_told_from_one_queue_that_overflowed() {
+        let ms = Duration::from_millis;
+        let own = |rate, rtt, resent| {
+            let carried = Carried { steady: rate, best: rate, rtt: Some(rtt), resent };
+            rate >= left_by_losses(&carried, rtt, 4) * OWN_LOSSES
+        };
+        // Full links whose queue ran over.
+        assert!(own(24e6, ms(20), 0.03));
+        assert!(own(110e6, ms(10), 0.02));
+        // One packet of 200, and one of 2000, is lost whatever is in flight.
+        assert!(!own(2e6, ms(100), 0.005));
+        assert!(!own(10e6, ms(20), 0.000_5));
     }
 
     #[test]

@@ -17,7 +17,7 @@
 //! |---|---|---|
 //! | 0 | 1 | format, [`FORMAT`] |
 //! | 1 | 1 | kind: 0 data, 1 end of stream |
-//! | 2 | 1 | codec: 0 raw, 1 lz4 block, 2 zstd frame |
+//! | 2 | 1 | codec: 0 raw, 1 lz4 block, 2 zstd frame, 3 the next part of its lane's zstd frame |
 //! | 3 | 1 | reserved, 0 |
 //! | 4 | 2 | lane |
 //! | 6 | 2 | reserved, 0 |
@@ -59,6 +59,8 @@ pub enum Codec {
     Lz4 = 1,
     /// One zstd frame with its content size.
     Zstd = 2,
+    /// The next part of its lane's zstd frame: only where the choice has a `lane_window`.
+    Lane = 3,
 }
 
 impl Codec {
@@ -68,6 +70,7 @@ impl Codec {
             0 => Some(Codec::Raw),
             1 => Some(Codec::Lz4),
             2 => Some(Codec::Zstd),
+            3 => Some(Codec::Lane),
             _ => None,
         }
     }
@@ -78,6 +81,7 @@ impl Codec {
             Codec::Raw => "raw",
             Codec::Lz4 => "lz4",
             Codec::Zstd => "zstd",
+            Codec::Lane => "lane",
         }
     }
 }

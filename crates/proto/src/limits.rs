@@ -27,6 +27,12 @@ pub const MAX_RAW_PAYLOAD: usize = MAX_SEGMENT_BYTES + (64 << 10);
 /// Bytes of a chunk's payload on the wire. An encoder that would exceed it sends the payload raw.
 pub const MAX_WIRE_PAYLOAD: usize = MAX_RAW_PAYLOAD;
 
+/// Bytes of a lane's window, at least: less than a few chunks would gain nothing.
+pub const MIN_LANE_WINDOW: u64 = 1 << 20;
+
+/// Bytes of a lane's window, at most; what both ends offer may be less.
+pub const MAX_LANE_WINDOW: u64 = 64 << 20;
+
 /// Bytes of a message during the handshake.
 pub const MAX_HANDSHAKE: usize = 16 << 10;
 

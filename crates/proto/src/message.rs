@@ -167,6 +167,9 @@ pub struct Offer {
     /// Data connections over QUIC can be made (source) and taken (destination).
     #[prost(bool, tag = "40")]
     pub quic: bool,
+    /// Bytes of window that a lane may have here: compressed (source) and decompressed (destination); 0 for no lanes.
+    #[prost(uint64, tag = "50")]
+    pub lane_window: u64,
 }
 
 /// Opens a session. The destination holds the node names against the TLS identities.
@@ -278,6 +281,9 @@ pub struct Choice {
     /// two sides would sign different choices.
     #[prost(string, tag = "41")]
     pub transport_reason: String,
+    /// Bytes of the lane's window, a power of two; 0 for no lane.
+    #[prost(uint64, tag = "50")]
+    pub lane_window: u64,
 }
 
 /// Fixes the choice.

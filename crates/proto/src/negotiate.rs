@@ -4,7 +4,7 @@
 //! so nobody in between can have altered them. A simpler path is never taken silently: each step down leaves a reason.
 
 use crate::chunk::Codec;
-use crate::limits::{MAX_BLOCK_NAME, MAX_RAW_PAYLOAD};
+use crate::limits::{MAX_BLOCK_NAME, MAX_LANE_WINDOW, MAX_RAW_PAYLOAD, MIN_LANE_WINDOW};
 use crate::message::{Choice, Offer};
 
 /// Which way a migration's bytes take.
@@ -217,7 +217,23 @@ pub fn choose(source: &Offer, destination: &Offer, wish: Wish, link: Mode) -> Re
         mode_reason: String::new(),
         quic,
         transport_reason: String::new(),
+        lane_window: match mode {
+            // A lane's chunks are decoded where references are resolved: in order.
+            Mode::Internet if mapped || caches && destination.cache_pages > 0 => {
+                lane_window(source, destination)
+            }
+            _ => 0,
+        },
     })
+}
+
+/// The largest window that both sides have for a lane; 0 if there is none.
+fn lane_window(source: &Offer, destination: &Offer) -> u64 {
+    let most = source.lane_window.min(destination.lane_window).min(MAX_LANE_WINDOW);
+    match most.checked_ilog2().map(|log| 1 << log) {
+        Some(window) if window >= MIN_LANE_WINDOW => window,
+        _ => 0,
+    }
 }
 
 /// Whether a choice that the source made stays within both offers; the destination asks before it confirms.
@@ -265,6 +281,16 @@ pub fn permits(choice: &Choice, source: &Offer, destination: &Offer) -> Result<(
     }
     if choice.mapped && destination.mapped.is_empty() || choice.cache_pages > destination.cache_pages {
         return Err("references to what the destination does not hold");
+    }
+    if choice.lane_window != 0 {
+        let window = choice.lane_window;
+        if !refers || mode != Mode::Internet {
+            return Err("a lane where there can be none");
+        }
+        let known = window.is_power_of_two() && (MIN_LANE_WINDOW..=MAX_LANE_WINDOW).contains(&window);
+        if !known || window > source.lane_window.min(destination.lane_window) {
+            return Err("a lane's window outside the offers");
+        }
     }
     if choice.mode_reason.len() > MAX_REASON
         || choice.transport_reason.len() > MAX_REASON
@@ -402,6 +428,42 @@ mod tests {
         assert!(permits(&first, &new, &cached).is_err());
         let wordy = Offer { mapped: vec![Vec::new(); MAX_MAPPED + 1], ..mapped };
         assert!(super::choose(&new, &wordy, Wish::default(), Mode::Internet).is_err());
+    }
+
+    #[test]
+    fn a_lane_has_the_window_that_both_sides_have_and_none_with_an_older_agent() {
+        let lane = |lane_window| Offer { hde: 2, mapped: vec![b"pc.ram".to_vec()], lane_window, ..offer() };
+        let window = |a: &Offer, b: &Offer, mode| {
+            let choice = choose(a, b, Wish::default(), mode).unwrap();
+            assert_eq!(permits(&choice, a, b), Ok(()));
+            choice.lane_window
+        };
+        let (small, large) = (lane(5 << 20), lane(1 << 40));
+        assert_eq!(window(&large, &small, Mode::Internet), 4 << 20);
+        assert_eq!(window(&small, &large, Mode::Internet), 4 << 20);
+        assert_eq!(window(&large, &large, Mode::Internet), MAX_LANE_WINDOW);
+        for (a, b) in [(&large, &lane(0)), (&lane(0), &large), (&large, &lane(MIN_LANE_WINDOW - 1))] {
+            assert_eq!(window(a, b, Mode::Internet), 0);
+        }
+        assert_eq!(window(&large, &large, Mode::Datacenter), 0);
+        let nothing_held = Offer { mapped: Vec::new(), ..large.clone() };
+        assert_eq!(window(&large, &nothing_held, Mode::Internet), 0);
+
+        let good = choose(&large, &small, Wish::default(), Mode::Internet).unwrap();
+        for lane_window in [8 << 20, 3 << 20, MIN_LANE_WINDOW / 2, MAX_LANE_WINDOW * 2, 1] {
+            assert!(permits(&Choice { lane_window, ..good.clone() }, &large, &small).is_err());
+        }
+        assert!(permits(&Choice { mapped: false, ..good.clone() }, &large, &small).is_err());
+        assert!(permits(&Choice { mode: 1, ..good }, &large, &small).is_err());
+        let later = choose_again(
+            &large,
+            &Offer { cache_pages: 9, ..small.clone() },
+            wish(Path::V3),
+            Mode::Internet,
+            &choose(&large, &small, Wish::default(), Mode::Internet).unwrap(),
+        )
+        .unwrap();
+        assert_eq!(later.lane_window, 4 << 20);
     }
 
     fn wish(path: Path) -> Wish {

@@ -95,8 +95,74 @@ fn unpack(codec: Codec, payload: &[u8], raw_len: usize, stream_len: usize) -> Op
         Codec::Raw => payload.to_vec(),
         Codec::Lz4 => lz4_flex::block::decompress(payload, raw_len).ok()?,
         Codec::Zstd => zstd(payload, raw_len)?,
+        // See `Lane`.
+        Codec::Lane => return None,
     };
     (raw.len() == raw_len).then_some(raw)
+}
+
+/// A lane's chunks so far: each is opened by decompressing its whole frame again, a byte at a time.
+#[derive(Debug, Clone, Default)]
+pub struct Lane {
+    /// The payloads of the frame under way, without their positions.
+    frame: Vec<Vec<u8>>,
+    /// What they decompressed to.
+    raw: Vec<u8>,
+}
+
+impl Lane {
+    /// As [`replay`] for the lane's next chunk; after a refusal a chunk can only begin a frame.
+    pub fn replay(
+        &mut self,
+        payload: &[u8],
+        raw_len: usize,
+        stream_len: usize,
+        window_log: u32,
+        model: &mut Model,
+    ) -> Option<Vec<u8>> {
+        let Lane { mut frame, raw: mut before } = std::mem::take(self);
+        if payload.len() as u128 > MAX_RAW || raw_len as u128 > MAX_RAW || stream_len as u128 > MAX_STREAM {
+            return None;
+        }
+        let [a, b, c, d, blocks @ ..] = payload else { return None };
+        let position = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
+        if position == 0 {
+            (frame, before) = (Vec::new(), Vec::new());
+            // Magic, a descriptor without content size, checksum and dictionary, and a window.
+            if !blocks.starts_with(&[0x28, 0xb5, 0x2f, 0xfd, 0]) || blocks.len() < 6 {
+                return None;
+            }
+        } else if position != frame.len() {
+            return None;
+        }
+        frame.push(blocks.to_vec());
+        let mut context = DCtx::create();
+        context.set_parameter(DParameter::WindowLogMax(window_log)).ok()?;
+        let mut all = Vec::new();
+        for byte in frame.iter().flatten() {
+            let mut input = InBuffer::around(std::slice::from_ref(byte));
+            loop {
+                let mut step = [0; 1000];
+                let mut output = OutBuffer::around(&mut step[..]);
+                let hint = context.decompress_stream(&mut output, &mut input).ok()?;
+                let written = output.as_slice().len();
+                all.extend_from_slice(&step[..written]);
+                if hint == 0 {
+                    return None;
+                }
+                if written == 0 && input.pos() == 1 {
+                    break;
+                }
+            }
+        }
+        let raw = all.strip_prefix(&before[..])?.to_vec();
+        if raw.len() != raw_len {
+            return None;
+        }
+        let stream = records(&raw, model)?;
+        *self = Lane { frame, raw: all };
+        (stream.len() == stream_len).then_some(stream)
+    }
 }
 
 /// Decompresses in small steps: only then does the library hold a frame to the window's limit.

@@ -1,4 +1,5 @@
 mod attacks;
+mod lanes;
 mod layers;
 mod properties;
 mod references;

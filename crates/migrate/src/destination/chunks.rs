@@ -19,7 +19,7 @@ use dwcp_proto::handover::Transfer;
 use dwcp_proto::message::{Ack, Refusal};
 use dwcp_proto::receiver::{Admission, Receiver};
 use dwcp_proto::sender::MAX_NACKS;
-use dwcp_proto::{Leg, Seq, Verifier};
+use dwcp_proto::{Codec, Leg, Seq, VerifiedChunk, Verifier};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::io::AsyncReadExt;
@@ -70,6 +70,8 @@ pub(super) enum Ready {
     Stream(Bytes),
     /// A chunk that may refer to what is held when its turn comes.
     Unpacked(Unpacked),
+    /// The same, which continues the chunks of its lane before it: it is unpacked when its turn comes.
+    InLane(VerifiedChunk),
 }
 
 /// What a connection's task tells.
@@ -410,6 +412,9 @@ impl Link {
             .run(move |worker| match header.payload(payload) {
                 Err(error) => Decoded::Altered(error),
                 Ok(chunk) if chunk.header().kind == Kind::End => Decoded::Ready(Ready::Stream(Bytes::new())),
+                Ok(chunk) if refers && chunk.header().codec == Codec::Lane => {
+                    Decoded::Ready(Ready::InLane(chunk))
+                }
                 Ok(chunk) => {
                     let ready = match refers {
                         true => worker.decoder.unpack(&chunk).map(Ready::Unpacked),

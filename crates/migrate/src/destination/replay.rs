@@ -1,8 +1,11 @@
 //! Applying chunks that may refer to what is held here: in the guest's RAM, or in a cache of what went by.
 
 use bytes::Bytes;
-use dwcp_hde::{CacheSize, Page, ReplayError, Sink, Span, StreamSink};
-use dwcp_proto::{Leg, Mode, PageIndex};
+use dwcp_hde::{
+    CacheSize, Content, DecodeError, LaneDecoder, LaneError, LaneWindow, Page, ReplayError, Sink, Span,
+    StreamSink,
+};
+use dwcp_proto::{Leg, Mode, PageIndex, VerifiedChunk};
 use dwcp_vmm::mapped::{MappedError, MappedSink, Pages, Ram, Splitter};
 use dwcp_vmm::stream::OpaqueReason;
 use tokio::task::spawn_blocking;
@@ -11,10 +14,10 @@ use tracing::warn;
 use super::chunks::{Ready, attack};
 use crate::error::{Blame, Failure};
 
-/// What one leg's chunks may refer to.
+/// What one leg's chunks may refer to, and the lane that they may continue.
 pub(crate) enum Held {
-    Stream(StreamSink),
-    Mapped(Box<Mapped>),
+    Stream(StreamSink, Option<LaneDecoder>),
+    Mapped(Box<Mapped>, Option<LaneDecoder>),
     /// Nothing: chunks hold the VMM's stream as it is, whose pages are written to the guest's RAM.
     Split(Box<Splitter>),
 }
@@ -29,18 +32,19 @@ pub(crate) enum Replayed {
 impl Held {
     /// What `leg` agreed on, if its chunks may refer to anything. The guest's RAM is taken if it is to be written.
     pub(crate) fn of(leg: &Leg, ram: &mut Option<Ram>) -> Result<Option<Self>, Failure> {
+        let lane = LaneWindow::new(leg.choice.lane_window).map(LaneDecoder::new);
         if leg.choice.mapped {
             let ram = ram.take().ok_or_else(|| {
                 let text = "the guest's RAM is to be written, and was not offered for this leg";
                 Failure::new("protocol", Blame::PeerMisbehaving, text, "compare both agents' versions")
             })?;
             return Ok(Some(match leg.mode {
-                Mode::Internet => Held::Mapped(Box::new(Mapped(MappedSink::new(ram)))),
+                Mode::Internet => Held::Mapped(Box::new(Mapped(MappedSink::new(ram))), lane),
                 Mode::Datacenter => Held::Split(Box::new(Splitter::new(ram))),
             }));
         }
         let cache = CacheSize::new(leg.choice.cache_pages);
-        Ok(cache.map(|size| Held::Stream(StreamSink::new(Some(size)))))
+        Ok(cache.map(|size| Held::Stream(StreamSink::new(Some(size)), lane)))
     }
 
     /// Whether chunks may refer to what is held.
@@ -74,12 +78,20 @@ impl Held {
 
     fn replay_now(&mut self, chunk: Ready) -> Result<Replayed, Failure> {
         match (self, chunk) {
-            (Held::Stream(sink), Ready::Unpacked(chunk)) => {
+            (Held::Stream(sink, _), Ready::Unpacked(chunk)) => {
                 let done = chunk.content().replay(sink);
                 outcome(std::mem::take(&mut sink.out), done, |never| match never {})
             }
-            (Held::Mapped(sink), Ready::Unpacked(chunk)) => {
+            (Held::Stream(sink, lane), Ready::InLane(chunk)) => {
+                let done = open(lane, &chunk)?.replay(sink);
+                outcome(std::mem::take(&mut sink.out), done, |never| match never {})
+            }
+            (Held::Mapped(sink, _), Ready::Unpacked(chunk)) => {
                 let done = chunk.content().replay(&mut **sink);
+                outcome(sink.0.take(), done, unwritten)
+            }
+            (Held::Mapped(sink, lane), Ready::InLane(chunk)) => {
+                let done = open(lane, &chunk)?.replay(&mut **sink);
                 outcome(sink.0.take(), done, unwritten)
             }
             (Held::Split(splitter), Ready::Stream(stream)) => split(splitter, &stream),
@@ -93,9 +105,18 @@ impl Held {
 pub(crate) fn unheld(chunk: Ready) -> Result<Replayed, Failure> {
     match chunk {
         Ready::Stream(stream) => Ok(Replayed::Bytes(stream)),
-        // Chunks are unpacked only where they may refer to something.
-        Ready::Unpacked(_) => Err(failed()),
+        // Chunks are unpacked, or left to a lane, only where they may refer to something.
+        Ready::Unpacked(_) | Ready::InLane(_) => Err(failed()),
     }
+}
+
+/// Opens the next chunk of the lane. Its signature was right: whatever is wrong with it is its sender's doing.
+fn open<'a>(lane: &'a mut Option<LaneDecoder>, chunk: &VerifiedChunk) -> Result<Content<'a>, Failure> {
+    let opened = match lane {
+        Some(lane) => lane.open(chunk),
+        None => Err(DecodeError::from(LaneError::None)),
+    };
+    opened.map_err(|error| attack("malformed_chunk", &error))
 }
 
 fn failed() -> Failure {

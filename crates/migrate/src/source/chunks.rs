@@ -10,9 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use dwcp_hde::{
-    CacheSize, Choice as Compression, Effort, EncodeError, Fallback, Holding, Memory, Spent, Stats, verbatim,
-};
+use dwcp_hde::{CacheSize, Effort, Holding, LaneEncoder, LaneWindow, Memory, Spent};
 use dwcp_link::{Gauge, Reader, Writer};
 use dwcp_proto::fault::Mechanism;
 use dwcp_proto::handover::Transfer;
@@ -20,26 +18,24 @@ use dwcp_proto::message::{Ack, Purpose};
 use dwcp_proto::mode::Link;
 use dwcp_proto::pace::Pace;
 use dwcp_proto::sender::{LINK_QUEUE, Sender, SenderError};
-use dwcp_proto::{
-    Codec, EncodedChunk, Lane, Leg, LinkId, Mode, Payload, SealedChunk, Sealer, Segment, Seq, StreamOffset,
-};
+use dwcp_proto::{EncodedChunk, Leg, LinkId, Mode, SealedChunk, Sealer, Seq, StreamOffset};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 use tokio::io::AsyncReadExt;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 use tracing::{Instrument, debug, info};
 
 use super::Outgoing;
 use super::carry::{Carried, Peer, restarted};
+use super::encode::{Baton, Done, Encoding, encode};
 use super::helm::Helm;
 use super::reel::Reel;
 use super::survey::Survey;
 use crate::control::{DataEvent, RETRY, STALLED};
 use crate::error::{Blame, Failure};
 use crate::handshake::{Dialler, nonce};
-use crate::pool::Worker;
 use crate::wire::{WireError, chunk_frame_len, write_chunk};
 
 /// Segments between the reel and the sealer: being encoded, or waiting for an earlier one.
@@ -73,8 +69,9 @@ pub(crate) async fn send(
     }
     drop(events_tx);
 
-    let mut effort = effort(leg.mode);
-    let mut baton = memory(out, leg)?.map(|memory| Baton::first(memory, leg.choice.mapped));
+    let lane = LaneWindow::new(leg.choice.lane_window).map(LaneEncoder::new);
+    let mut effort = effort(leg.mode, lane.is_some());
+    let mut baton = memory(out, leg)?.map(|memory| Baton::first(memory, lane, leg.choice.mapped));
     let mut stage = Stage::new(out.clone(), leg);
     let mut encoding = FuturesOrdered::new();
     let mut receipt = out.receipt.subscribe();
@@ -135,7 +132,7 @@ pub(crate) async fn send(
                 if let Some(segment) = segment {
                     let baton = baton.as_mut().map(Baton::pass);
                     let compression = effort.as_ref().map(Effort::choice);
-                    encoding.push_back(encode(out.clone(), segment, compression, baton));
+                    encoding.push_back(Encoding::start(encode(out.clone(), segment, compression, baton)));
                 }
             }
             () = sleep(wait.unwrap_or_default()), if wait.is_some() => {}
@@ -148,8 +145,9 @@ fn ended() -> Failure {
 }
 
 /// Who chooses how hard to compress; `None` where nothing is compressed.
-fn effort(mode: Mode) -> Option<Effort> {
+fn effort(mode: Mode, lane: bool) -> Option<Effort> {
     match mode {
+        Mode::Internet if lane => Some(Effort::in_lane()),
         Mode::Internet => Some(Effort::default()),
         Mode::Datacenter => None,
     }
@@ -178,113 +176,6 @@ fn memory(out: &Outgoing, leg: &Leg) -> Result<Option<Memory>, Failure> {
         }
     };
     Ok(Some(Memory::new(out.layers, holding, &nonce()?, out.remember)))
-}
-
-/// The memory on its way from segment to segment, in the order in which they are sent.
-struct Baton {
-    memory: oneshot::Receiver<Memory>,
-    mapped: bool,
-}
-
-/// One segment's turn with the memory.
-struct Turn {
-    memory: oneshot::Receiver<Memory>,
-    next: oneshot::Sender<Memory>,
-    /// The destination writes to the guest's RAM: no page may go by as opaque bytes, it would come late.
-    mapped: bool,
-}
-
-impl Baton {
-    fn first(memory: Memory, mapped: bool) -> Self {
-        let (first, receiver) = oneshot::channel();
-        // The receiver is right here.
-        let _ = first.send(memory);
-        Baton { memory: receiver, mapped }
-    }
-
-    /// The turn of the next segment.
-    fn pass(&mut self) -> Turn {
-        let (next, receiver) = oneshot::channel();
-        Turn { memory: std::mem::replace(&mut self.memory, receiver), next, mapped: self.mapped }
-    }
-}
-
-/// Encodes one segment on the pool. An error says, in words, what failed on this node.
-async fn encode(
-    out: Outgoing,
-    segment: Segment,
-    compression: Option<Compression>,
-    turn: Option<Turn>,
-) -> Result<Done, String> {
-    const FAILED: &str = "a codec thread failed";
-    let turn = match turn {
-        Some(Turn { memory, next, mapped }) => Some((memory.await.map_err(|_| FAILED)?, next, mapped)),
-        None => None,
-    };
-    let result = out.share.run(move |worker| encode_now(worker, &segment, compression, turn)).await;
-    let (done, stats) = result.await.map_err(|_| FAILED)?.map_err(|error| error.to_string())?;
-    out.counters.encoded(stats);
-    out.metrics.encoded(&stats, done.codec);
-    Ok(done)
-}
-
-/// An encoded segment.
-struct Done {
-    chunk: EncodedChunk,
-    /// The codec's name, or why none was used.
-    codec: &'static str,
-    /// What was compressed and what it took, if it was not left raw without trying.
-    compressing: Option<(u64, Duration)>,
-    /// When it was done.
-    at: Instant,
-}
-
-fn encode_now(
-    worker: &mut Worker,
-    segment: &Segment,
-    compression: Option<Compression>,
-    turn: Option<(Memory, oneshot::Sender<Memory>, bool)>,
-) -> Result<(Done, Stats), EncodeError> {
-    let Some(compression) = compression else {
-        let (head, stats) = verbatim(segment);
-        let payload = Payload::new(head.into(), segment.bytes.clone());
-        let raw_len = payload.len() as u32;
-        let chunk = chunk(segment, Codec::Raw, raw_len, payload);
-        let codec = Compression::DATACENTER.name();
-        return Ok((Done { chunk, codec, compressing: None, at: Instant::now() }, stats));
-    };
-    let mut payload = Vec::new();
-    let (mut memory, next, mapped) = match turn {
-        Some((memory, next, mapped)) => (Some(memory), Some(next), mapped),
-        None => (None, None, false),
-    };
-    let opaque;
-    let reading = match worker.encoder.read(segment, memory.as_mut()) {
-        Ok(reading) => reading,
-        Err(error) if mapped => return Err(error),
-        Err(error) => {
-            // An index that does not fit its bytes is an error of ours; the bytes are right all the same.
-            tracing::error!(%error, "segment sent as opaque bytes; please report this");
-            opaque = Segment::opaque(segment.offset, segment.bytes.clone(), segment.version);
-            worker.encoder.read(&opaque, None)?
-        }
-    };
-    if let (Some(memory), Some(next)) = (memory, next) {
-        // Whoever is next may be gone with the leg.
-        let _ = next.send(memory);
-    }
-    let began = Instant::now();
-    let done = reading.write(compression, &mut payload);
-    let tried = done.codec != Codec::Raw || done.fallback == Some(Fallback::NoGain);
-    let compressing = tried.then(|| (u64::from(done.raw_len), began.elapsed()));
-    let chunk = chunk(segment, done.codec, done.raw_len, payload);
-    let codec = done.fallback.map_or(compression.name(), Fallback::name);
-    Ok((Done { chunk, codec, compressing, at: Instant::now() }, done.stats))
-}
-
-fn chunk(segment: &Segment, codec: Codec, raw_len: u32, payload: impl Into<Payload>) -> EncodedChunk {
-    let stream_len = segment.bytes.len() as u32;
-    EncodedChunk::new(codec, Lane(0), segment.version, segment.offset, stream_len, raw_len, payload)
 }
 
 /// The state between encoder and connections.

@@ -10,6 +10,7 @@ mod bytes;
 mod carry;
 mod chunks;
 mod direct;
+mod encode;
 mod helm;
 mod ingest;
 mod plan;

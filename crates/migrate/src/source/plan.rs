@@ -141,7 +141,9 @@ pub(crate) async fn plan(
     let guest_ran = description.run_state == RunState::Running;
 
     let dialler = shared.dialler(spec.addr, spec.to.clone());
-    let offer = shared.offer_as_source();
+    let ram = crate::hde::ram_bytes(&description);
+    let lane_window = crate::hde::lane_window(shared.config.hde, ram, shared.config.limits.memory);
+    let offer = Offer { lane_window, ..shared.offer_as_source() };
     let hello = Hello {
         source: shared.config.key.node().to_string(),
         destination: spec.to.to_string(),
@@ -221,7 +223,6 @@ pub(crate) async fn plan(
         Ok(downtime) => downtime,
         Err(failure) => return Err(together(problems, failure)),
     };
-    let ram = crate::hde::ram_bytes(&description);
     let direct = match spec.source {
         SourceWish::Direct if !shared.config.attach => Some(Err(NOT_ATTACHED.to_owned())),
         SourceWish::Direct => Some(Fit::find(&qemu).await.map_err(|why| crate::hde::words(&why))),
