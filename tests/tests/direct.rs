@@ -115,7 +115,8 @@ fn a_direct_migration_that_was_called_off_leaves_nothing_behind() -> Result<()> 
     let Some(kit) = Scene::kit_or_skip(test) else { return Ok(()) };
     let scene = Scene::with(&kit, spec(QemuVersion::V10_0), attaches(), AgentConfig::default())?;
     for id in ["first", "second"] {
-        let fresh = Qemu::launch(&kit, scene.dir(), &format!("vm-{id}"), &spec(QemuVersion::V10_0).destination())?;
+        let fresh =
+            Qemu::launch(&kit, scene.dir(), &format!("vm-{id}"), &spec(QemuVersion::V10_0).destination())?;
         let qmp = fresh.qmp_path();
         scene.b.ctl(&[&"incoming", &VM, &"--qmp", &qmp.display(), &"--from", &"a"])?.success()?;
         let slow = ["--source", "direct", "--bandwidth-limit", "8Mbit", "--deadline", "2s", "--id", id];

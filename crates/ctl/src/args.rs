@@ -198,7 +198,7 @@ guest. Once the handover has begun the migration cannot be aborted any more: it 
 pub(crate) struct MigrateArgs {
     #[command(flatten)]
     pub(crate) journey: JourneyArgs,
-    /// Where the guest's pages are read.
+    /// Where the guest's pages are read: in QEMU's stream (auto, too), or direct by the agent, from RAM in a named shared file.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) source: Source,
     /// Over how many connections QEMU gives its memory to the agent: 1, or 2 to 16 for its multifd.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use dwcp_proto::Segment;
 use dwcp_vmm::direct::{Direct, DirectError, Dirty, Fit, Gone, Head, MAX_REST};
-use dwcp_vmm::qmp::{QmpError, Qemu};
+use dwcp_vmm::qmp::{Qemu, QmpError};
 use dwcp_vmm::socket::{self, OpenError};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -34,7 +34,8 @@ const READ: usize = 256 << 10;
 /// Makes the direct source ready. Its error says, in words for an operator, why the VMM's stream is taken instead; the guest is as it was.
 pub(super) async fn begin(guest: &Guest, fit: Fit, chunk: usize) -> Result<Direct, String> {
     let qemu = guest.reach().await.map_err(|error| crate::hde::words(&error))?;
-    let head = timeout(HEAD, head(&qemu)).await.map_err(|_| "QEMU did not write its list of RAM blocks in time")?;
+    let head =
+        timeout(HEAD, head(&qemu)).await.map_err(|_| "QEMU did not write its list of RAM blocks in time")?;
     let head = head.map_err(|error| crate::hde::words(&error))?;
     let process = guest.handle().ok_or("the VMM's process is not known")?;
     let begun = spawn_blocking(move || Direct::begin(fit, &head, chunk, std::os::fd::AsFd::as_fd(&process)));
@@ -126,7 +127,8 @@ pub(super) async fn ingest(direct: Direct, rounds: Rounds) -> Result<u64, Ingest
         direct = send(direct, dirty, &segments, &counters).await?;
         (direct, dirty) = on_thread(direct, Direct::look).await?;
         let took = began.0.elapsed();
-        let rate = rate(&counters).unwrap_or((counters.raw.load() - began.1) as f64 / took.as_secs_f64().max(1e-6));
+        let rate =
+            rate(&counters).unwrap_or((counters.raw.load() - began.1) as f64 / took.as_secs_f64().max(1e-6));
         let needed = dirty.bytes() as f64 / rate.max(1.0);
         debug!(pages, ?took, left = dirty.pages(), needed, "a round over the guest's RAM");
         let written = dirty.bytes() as f64 / took.as_secs_f64().max(1e-6);

@@ -46,7 +46,9 @@ pub enum Unfit {
         file: String,
     },
     /// Reads that bypass the page cache write into pinned pages.
-    #[error("the VMM has {file} open for direct I/O, whose reads write guest memory unseen (cache.direct=off)")]
+    #[error(
+        "the VMM has {file} open for direct I/O, whose reads write guest memory unseen (cache.direct=off)"
+    )]
     DirectIo {
         /// The file.
         file: String,

@@ -121,12 +121,7 @@ impl Direct {
     ///
     /// # Errors
     /// The process cannot be attached to, or the head is of another VM.
-    pub fn begin(
-        fit: Fit,
-        head: &Head,
-        chunk: usize,
-        pidfd: BorrowedFd<'_>,
-    ) -> Result<Self, BeginError> {
+    pub fn begin(fit: Fit, head: &Head, chunk: usize, pidfd: BorrowedFd<'_>) -> Result<Self, BeginError> {
         let pid = fit.pid;
         let mut direct = Self::over(fit, head, chunk)?;
         let ranges = direct.blocks.iter().map(|block| block.address..block.address + block.backing.len);
@@ -409,9 +404,10 @@ impl Dirty {
         all.sort_unstable_by_key(|stretch| (stretch.block, stretch.first));
         let mut joined: Vec<Stretch> = Vec::with_capacity(all.len());
         for next in all {
-            match joined.last_mut().filter(|last| {
-                last.block == next.block && next.first <= last.first + last.count
-            }) {
+            match joined
+                .last_mut()
+                .filter(|last| last.block == next.block && next.first <= last.first + last.count)
+            {
                 Some(last) => last.count = last.count.max(next.first + next.count - last.first),
                 None => joined.push(next),
             }
@@ -496,4 +492,3 @@ impl Block {
 fn shown(block: &[u8]) -> String {
     String::from_utf8_lossy(block).into_owned()
 }
-

@@ -42,8 +42,8 @@ use dwcp_proto::PageIndex;
 use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_proto::record::{FLAG_CONTINUE, FLAG_PAGE, FLAG_ZERO};
 
-pub(crate) use find::maps_file;
 pub use find::Unmapped;
+pub(crate) use find::maps_file;
 pub use ram::Ram;
 pub(crate) use ram::{Backing, FileId, next_data};
 pub use split::Splitter;

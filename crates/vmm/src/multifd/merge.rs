@@ -5,7 +5,6 @@ use std::io::{self, IoSliceMut};
 use dwcp_proto::limits::PAGE_SIZE;
 use dwcp_proto::record::{FLAG_PAGE, FLAG_ZERO, RECORD_WORD};
 
-
 use super::packet::{self, ChannelFault, GREETING, HEADER, PAGES, Packet};
 use crate::stream::output::{End, Output, Place, Room, block_name, write_head};
 use crate::stream::{Item, MAX_ITEM, OpaqueReason, Parser, Step};

@@ -19,9 +19,7 @@ mod serialise;
 mod tests;
 mod walk;
 
-pub(crate) use parse::{
-    FLAG_MULTIFD_FLUSH, Item, MAX_ITEM, PageItem, Parser, SECTION_START, Step,
-};
+pub(crate) use parse::{FLAG_MULTIFD_FLUSH, Item, MAX_ITEM, PageItem, Parser, SECTION_START, Step};
 
 pub use cutter::Cutter;
 pub use layout::{Layout, StreamBlock};

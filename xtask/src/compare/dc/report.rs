@@ -139,10 +139,12 @@ fn verdict(runs: &Runs<Contender>) -> Vec<String> {
         let (ours, theirs) = (ours.name(), theirs.name());
         Some(format!("{ours}: {part:.2} x the throughput of {theirs}; the aim of {aim} x is {verdict}"))
     };
-    let v3 = |tls, streams| Contender::V3 { tls, mapped: true, streams };
-    let aims = [1, 2, 4].map(|streams| {
-        let (plain, tls) = (v3(false, streams), v3(true, streams));
+    let stream = |tls, streams| Contender::V3 { tls, mapped: true, streams };
+    let direct = |tls, streams| Contender::Direct { tls, streams };
+    let pairs = [1, 2, 4].map(|streams| (stream(false, streams), stream(true, streams)));
+    let direct = [1, 2, 4].map(|streams| (direct(false, streams), direct(true, streams)));
+    let aims = pairs.into_iter().chain(direct).map(|(plain, tls)| {
         [beside(plain, V1, OF_V1), beside(plain, QEMU, OF_QEMU), beside(tls, plain, OF_PLAIN)]
     });
-    aims.into_iter().flatten().flatten().collect()
+    aims.flatten().flatten().collect()
 }

@@ -17,11 +17,11 @@ use crate::error::{Blame, Failure};
 use crate::guest::{Guest, open_failure, qmp_failure, socket_failure};
 use crate::handshake::nonce;
 use crate::source::breaker::Breaker;
-use crate::source::direct::{self, Rounds};
-use crate::source::plan::not_direct;
 use crate::source::carry::carry;
+use crate::source::direct::{self, Rounds};
 use crate::source::helm::Helm;
 use crate::source::ingest::{self, IngestError, Inlet};
+use crate::source::plan::not_direct;
 use crate::source::reel::Reel;
 use crate::status::Phase;
 
@@ -65,30 +65,31 @@ impl Run {
         let (segments_tx, segments) = mpsc::channel(ingest::QUEUE);
         let chunk = ingest::chunk(self.outgoing.leg().mode, self.ram);
         let (last_tx, last) = oneshot::channel();
-        let read: Pin<Box<dyn Future<Output = Result<u64, IngestError>> + Send>> = match self.directly(chunk).await {
-            Some(ram) => {
-                let rounds = Rounds {
-                    guest: self.guest.clone(),
-                    segments: segments_tx,
-                    report: self.report.clone(),
-                    limit: self.vmm_limit,
-                    last: last_tx,
-                };
-                Box::pin(direct::ingest(ram, rounds))
-            }
-            None => {
-                let inlet = match multifd {
-                    true => Inlet::Channels(self.open_channels(&qemu).await?),
-                    false => Inlet::Main(socket::open_outgoing(&qemu).await.map_err(open_failure)?),
-                };
-                let stream = Arc::new(inlet);
-                self.guest.writes_to(&stream);
-                self.stream = Some(stream.clone());
-                // QEMU writes from now on.
-                let _ = last_tx.send(());
-                Box::pin(ingest::ingest(stream, segments_tx, self.report.clone(), chunk))
-            }
-        };
+        let read: Pin<Box<dyn Future<Output = Result<u64, IngestError>> + Send>> =
+            match self.directly(chunk).await {
+                Some(ram) => {
+                    let rounds = Rounds {
+                        guest: self.guest.clone(),
+                        segments: segments_tx,
+                        report: self.report.clone(),
+                        limit: self.vmm_limit,
+                        last: last_tx,
+                    };
+                    Box::pin(direct::ingest(ram, rounds))
+                }
+                None => {
+                    let inlet = match multifd {
+                        true => Inlet::Channels(self.open_channels(&qemu).await?),
+                        false => Inlet::Main(socket::open_outgoing(&qemu).await.map_err(open_failure)?),
+                    };
+                    let stream = Arc::new(inlet);
+                    self.guest.writes_to(&stream);
+                    self.stream = Some(stream.clone());
+                    // QEMU writes from now on.
+                    let _ = last_tx.send(());
+                    Box::pin(ingest::ingest(stream, segments_tx, self.report.clone(), chunk))
+                }
+            };
         let Some(data) = self.data.take() else { return Ok(()) };
         let (Some(switches), Some(mode)) = (self.switches.take(), self.mode.take()) else { return Ok(()) };
         let (out, control) = (self.outgoing.clone(), self.control.clone());

@@ -123,7 +123,9 @@ fn rest() -> Vec<u8> {
     let capability = [&[0, 0, 0, 1, name.len() as u8][..], name].concat();
     writer.subsection("configuration/capabilities", &capability);
     let ram: u64 = blocks().map(|(_, len)| len).sum();
-    writer.raw(&[&[1][..], &2_u32.to_be_bytes(), &[3], b"ram", &0_u32.to_be_bytes(), &4_u32.to_be_bytes()].concat());
+    writer.raw(
+        &[&[1][..], &2_u32.to_be_bytes(), &[3], b"ram", &0_u32.to_be_bytes(), &4_u32.to_be_bytes()].concat(),
+    );
     writer.raw(&(ram | 4).to_be_bytes());
     for (name, len) in blocks() {
         writer.raw(&[&[name.len() as u8][..], name, &len.to_be_bytes(), &0x1000_u64.to_be_bytes()].concat());
