@@ -61,12 +61,12 @@ impl Scene {
 
     fn send(&mut self, dirty: &Dirty) {
         let Scene { direct, segments, .. } = self;
-        direct.written(dirty, &mut |segment| Ok(segments.push(segment))).unwrap();
+        direct.written(dirty, &mut keep(segments)).unwrap();
     }
 
     fn finish(&mut self, rest: &[u8]) -> Result<u64, DirectError> {
         let Scene { direct, segments, .. } = self;
-        direct.finish(rest, &mut |segment| Ok(segments.push(segment)))
+        direct.finish(rest, &mut keep(segments))
     }
 
     fn stream(&self) -> Vec<u8> {
@@ -79,8 +79,18 @@ impl Scene {
     }
 }
 
+fn keep(segments: &mut Vec<Segment>) -> impl FnMut(Segment) -> Result<(), Gone> + '_ {
+    |segment| {
+        segments.push(segment);
+        Ok(())
+    }
+}
+
+/// Pages by block and place.
+type Memory = BTreeMap<(Vec<u8>, u64), Page>;
+
 /// What a destination holds after a stream: its pages by block and place, and what comes after RAM.
-fn received(stream: &[u8]) -> (BTreeMap<(Vec<u8>, u64), Page>, Vec<u8>) {
+fn received(stream: &[u8]) -> (Memory, Vec<u8>) {
     let mut walker = Walker::new();
     let (mut pages, mut tail, mut rest) = (BTreeMap::new(), Vec::new(), stream);
     while let Some(part) = walker.next(&mut rest) {
@@ -140,7 +150,7 @@ fn rest() -> Vec<u8> {
     writer.take()
 }
 
-fn pages_of(files: &[File]) -> BTreeMap<(Vec<u8>, u64), Page> {
+fn pages_of(files: &[File]) -> Memory {
     let mut pages = BTreeMap::new();
     for ((name, count), file) in RAM.iter().zip(files) {
         for index in 0..*count {
