@@ -158,7 +158,8 @@ fn a_guest_that_was_stopped_for_the_switchover_runs_again_after_the_agents_death
     })
     .with_context(|| scene.logs())?;
     scene.from.guest_ok_for(Duration::from_secs(1))?;
-    ensure!(scene.to.status()? != "running", "two guests");
+    // The waiting QEMU ends with its stream, or is called off.
+    ensure!(!scene.to.status().is_ok_and(|status| status == "running"), "two guests");
     Ok(())
 }
 

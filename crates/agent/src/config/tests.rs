@@ -44,6 +44,7 @@ transport = "quic"
 
 [vmm]
 attach = "none"
+outlive = true
 paths = ["/run/qemu", "/run/libvirt"]
 sockets = "/run/dwcp-vmm"
 
@@ -57,6 +58,7 @@ level = "info,dwcp_link=debug"
 [hde]
 unchanged = true
 dedup = true
+lanes = true
 delta = false
 mapped = true
 "#;

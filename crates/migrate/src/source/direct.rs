@@ -18,7 +18,7 @@ use dwcp_vmm::socket::{self, OpenError};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{interval, timeout};
 use tracing::debug;
 
 use super::ingest::{IngestError, count};
@@ -121,18 +121,17 @@ pub(super) async fn ingest(direct: Direct, rounds: Rounds) -> Result<u64, Ingest
     let Rounds { guest, segments, report, limit, last } = rounds;
     let counters = report.counters.clone();
     let (mut direct, mut dirty) = on_thread(direct, Direct::all).await?;
+    let ram = dirty.bytes();
     loop {
-        let began = (Instant::now(), counters.raw.load());
-        let pages = dirty.pages();
-        direct = send(direct, dirty, &segments, &counters).await?;
+        let round =
+            Round { began: Instant::now(), raw: counters.raw.load(), guest: counters.guest.load(), ram };
+        let bytes = dirty.bytes();
+        direct = round.watch(&report, bytes, send(direct, dirty, &segments, &counters)).await?;
         (direct, dirty) = on_thread(direct, Direct::look).await?;
-        let took = began.0.elapsed();
-        let rate =
-            rate(&counters).unwrap_or((counters.raw.load() - began.1) as f64 / took.as_secs_f64().max(1e-6));
-        let needed = dirty.bytes() as f64 / rate.max(1.0);
-        debug!(pages, ?took, left = dirty.pages(), needed, "a round over the guest's RAM");
-        let written = dirty.bytes() as f64 / took.as_secs_f64().max(1e-6);
-        report.progress(0.99, dirty.bytes(), Some(written));
+        let needed = dirty.bytes() as f64 / round.rate(&counters);
+        debug!(bytes, took = ?round.began.elapsed(), left = dirty.bytes(), needed, "a round over the guest's RAM");
+        let written = dirty.bytes() as f64 / round.seconds();
+        report.progress(MOST, dirty.bytes(), Some(written));
         if needed <= limit.as_secs_f64() {
             break;
         }
@@ -156,11 +155,62 @@ pub(super) async fn ingest(direct: Direct, rounds: Rounds) -> Result<u64, Ingest
     Ok(length)
 }
 
-/// Bytes of the VMM's stream that the link carries in a second, as far as that has been measured.
-fn rate(counters: &Counters) -> Option<f64> {
-    let ratio = counters.raw.load() as f64 / counters.wire.load().max(1) as f64;
-    Some(counters.rate.load() as f64 * ratio).filter(|rate| *rate > 0.0)
+/// A round over RAM under way.
+struct Round {
+    began: Instant,
+    /// What had been carried before: bytes of the stream, and of the guest.
+    raw: u64,
+    guest: u64,
+    /// Bytes of RAM altogether.
+    ram: u64,
 }
+
+impl Round {
+    fn seconds(&self) -> f64 {
+        self.began.elapsed().as_secs_f64().max(1e-6)
+    }
+
+    /// Reports how far the migration is while `sending` sends the `bytes` of this round.
+    async fn watch<T>(&self, report: &Report, bytes: u64, sending: impl Future<Output = T>) -> T {
+        tokio::pin!(sending);
+        let mut tick = interval(TICK);
+        loop {
+            tokio::select! {
+                done = &mut sending => return done,
+                _ = tick.tick() => {
+                    let guest = report.counters.guest.load();
+                    let fraction = guest as f64 / self.ram.max(1) as f64;
+                    report.progress(fraction.min(MOST), bytes.saturating_sub(guest - self.guest), None);
+                }
+            }
+        }
+    }
+
+    /// Bytes of the stream that can be carried in a second of the kind that is left, after this round. What is sent again may compress much
+    /// better than what was sent first, so a round that is long beside what lies in the pipeline counts for itself.
+    fn rate(&self, counters: &Counters) -> f64 {
+        let raw = counters.raw.load();
+        let round = (raw - self.raw) as f64 / self.seconds();
+        let ratio = raw as f64 / counters.wire.load().max(1) as f64;
+        let all = counters.rate.load() as f64 * ratio;
+        let long = raw - self.raw >= LONG;
+        match all > 0.0 {
+            true if long => all.max(round * CAREFUL),
+            true => all,
+            false => round,
+        }
+        .max(1.0)
+    }
+}
+
+/// A round of so many bytes tells how fast such pages go.
+const LONG: u64 = 32 << 20;
+/// How far it is believed: some of it is still in the pipeline at its end.
+const CAREFUL: f64 = 0.75;
+/// As much as is done before the guest has stopped; the last percent is the switchover's.
+const MOST: f64 = 0.99;
+/// Between two reports of progress.
+const TICK: Duration = Duration::from_millis(250);
 
 async fn send(
     direct: Direct,

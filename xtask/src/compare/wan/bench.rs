@@ -7,7 +7,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use dwcp_tests::{
-    Agent, AgentConfig, CtlOutput, Direction, End as LineEnd, Event, Kit, Qemu, QemuSpec, VM, Wan, until,
+    ATTACHES, Agent, AgentConfig, CtlOutput, Direction, End as LineEnd, Event, Kit, Qemu, QemuSpec, VM, Wan,
+    until,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -67,7 +68,7 @@ impl Bench {
 
         let run = match setting.path() {
             None => self.natively(&destination, limit)?,
-            Some(path) => self.by_agents(&destination, path, limit)?,
+            Some(path) => self.by_agents(&destination, (path, setting.source()), limit)?,
         };
         if verify && run.end == End::Done {
             destination.guest_ok_for(Duration::from_secs(1)).context("at the destination")?;
@@ -116,12 +117,19 @@ impl Bench {
         Ok(run)
     }
 
-    fn by_agents(&mut self, destination: &Qemu, path: &'static str, limit: Duration) -> Result<Run> {
+    /// By `way`: the path, and where pages are read at the source.
+    fn by_agents(
+        &mut self,
+        destination: &Qemu,
+        way: (&'static str, &'static str),
+        limit: Duration,
+    ) -> Result<Run> {
         let folder = self.dir.path().join(format!("agents-{}", self.moves));
         fs::create_dir(&folder)?;
         let at = |end: LineEnd| AgentConfig {
             data: SocketAddr::new(end.address(), 0),
             namespace: Some(self.wan.namespace(end)),
+            extra: ATTACHES.into(),
             ..AgentConfig::default()
         };
         // Fresh ones each time, so that their memory is that of one migration.
@@ -132,7 +140,7 @@ impl Bench {
         let pids: Vec<u32> = [&a, &b].into_iter().filter_map(Agent::pid).collect();
         let mut gauge = Gauge::start(self, destination, &pids)?;
         let id = format!("wan-{}", self.moves);
-        let (source, moved) = (&self.source, || migrate(&a, &b, &self.source, &id, path, limit + PATIENCE));
+        let (source, moved) = (&self.source, || migrate(&a, &b, &self.source, &id, way, limit + PATIENCE));
         let (end, said) = std::thread::scope(|scope| -> Result<_> {
             let moving = scope.spawn(moved);
             let end =
@@ -152,14 +160,22 @@ impl Bench {
         if done {
             run.said = said.success()?.json().with_context(|| format!("{}\n{}", a.log(), b.log()))?;
             run.said["codecs"] = codecs(&a.http_get("/metrics")?);
-            let internet = path == "v1" || run.said["mode"] == "internet";
+            let (path, source) = way;
+            let internet = path == "v1" || run.said["mode"] == "internet" && run.said["source"] == source;
             ensure!(run.said["path"] == path && internet, "not as asked for: {}", run.said);
         }
         Ok(run)
     }
 }
 
-fn migrate(a: &Agent, b: &Agent, source: &Qemu, id: &str, path: &str, limit: Duration) -> Result<CtlOutput> {
+fn migrate(
+    a: &Agent,
+    b: &Agent,
+    source: &Qemu,
+    id: &str,
+    (path, pages): (&str, &str),
+    limit: Duration,
+) -> Result<CtlOutput> {
     let (qmp, to) = (source.qmp_path(), b.target()?);
     let downtime = format!("{}ms", DOWNTIME.as_millis());
     let qmp = qmp.display();
@@ -176,6 +192,8 @@ fn migrate(a: &Agent, b: &Agent, source: &Qemu, id: &str, path: &str, limit: Dur
             &id,
             &"--path",
             &path,
+            &"--source",
+            &pages,
             &"--mode",
             &"internet",
             &"--downtime-limit",

@@ -63,7 +63,7 @@ impl Guest {
             _ => (load.mib + BESIDE_MIB, None),
         };
         let spec = QemuSpec::new(QemuVersion::V10_0, Role::Source);
-        Ok(QemuSpec { ram_mib, prealloc: true, load, initramfs, ..spec })
+        Ok(QemuSpec { ram_mib, prealloc: true, backing: Backing::shared_file(), load, initramfs, ..spec })
     }
 }
 
@@ -133,11 +133,13 @@ pub(crate) enum Setting {
     V3Mapped,
     /// The agents, path v3 in internet mode; the destination's RAM is QEMU's own
     V3Cache,
+    /// As v3-mapped, and the source's agent reads the guest's RAM itself
+    V3Direct,
 }
 
 impl Setting {
     /// All of them.
-    pub(super) const ALL: [Setting; 7] = [
+    pub(super) const ALL: [Setting; 8] = [
         Setting::Plain,
         Setting::Xbzrle,
         Setting::Zstd1,
@@ -145,6 +147,7 @@ impl Setting {
         Setting::V1,
         Setting::V3Mapped,
         Setting::V3Cache,
+        Setting::V3Direct,
     ];
 
     /// In the words of a table.
@@ -157,6 +160,7 @@ impl Setting {
             Setting::V1 => "agents, v1",
             Setting::V3Mapped => "agents, v3, mapped RAM",
             Setting::V3Cache => "agents, v3, cache",
+            Setting::V3Direct => "agents, v3, direct, mapped RAM",
         }
     }
 
@@ -164,7 +168,7 @@ impl Setting {
     pub(super) fn path(self) -> Option<&'static str> {
         match self {
             Setting::V1 => Some("v1"),
-            Setting::V3Mapped | Setting::V3Cache => Some("v3"),
+            Setting::V3Mapped | Setting::V3Cache | Setting::V3Direct => Some("v3"),
             _ => None,
         }
     }
@@ -172,9 +176,14 @@ impl Setting {
     /// What the destination's RAM is made of.
     pub(super) fn destination(self) -> Backing {
         match self {
-            Setting::V3Mapped => Backing::Memfd,
+            Setting::V3Mapped | Setting::V3Direct => Backing::Memfd,
             _ => Backing::Anonymous,
         }
+    }
+
+    /// Where the source's agent reads pages.
+    pub(super) fn source(self) -> &'static str {
+        if self == Setting::V3Direct { "direct" } else { "stream" }
     }
 
     /// The level of QEMU's own zstd.

@@ -79,6 +79,10 @@ fn measure(settings: &Settings, report: &mut Report) -> Result<()> {
     for guest in wanted(&settings.guest, &Guest::ALL) {
         println!("starting the guest: {}", guest.title());
         let mut bench = Bench::start(&kit, guest)?;
+        // Whoever moves a guest that has just booted waits for a second or two before QEMU says anything.
+        bench
+            .run(Setting::Zstd1, Link::G1, Duration::from_secs(settings.limit), false)
+            .context("warming up")?;
         for link in wanted(&settings.link, &Link::ALL) {
             let case = one_case(&mut bench, link, settings)?;
             println!("\n{}", case.table());

@@ -100,7 +100,7 @@ impl Case {
         let mut goal = |words: String, found: Option<f64>, most: f64| {
             goals.extend(found.map(|found| Goal { words, found, most }));
         };
-        for ours in [Setting::V3Mapped, Setting::V3Cache] {
+        for ours in [Setting::V3Mapped, Setting::V3Cache, Setting::V3Direct] {
             if !self.runs(ours).is_some_and(Runs::all_done) {
                 continue;
             }
