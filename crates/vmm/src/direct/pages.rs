@@ -28,6 +28,9 @@ pub const MAX_REST: usize = 256 << 20;
 
 const ZERO: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
+/// Pages that are sent at a time of each half of a block.
+const TURN: u64 = 2048;
+
 /// Whoever took the segments is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the migration has ended")]
@@ -148,7 +151,8 @@ impl Direct {
         blocks.sort_by_key(|block| block.address);
         let mut output = Output::new();
         output.footers = head.footers();
-        let mut cutter = Cutter::new(chunk);
+        // Within a round halves of a block overtake each other.
+        let mut cutter = Cutter::merged(chunk);
         let mut bytes = head.bytes();
         while !bytes.is_empty() {
             let taken = cutter.feed(bytes);
@@ -165,8 +169,8 @@ impl Direct {
     /// The kernel does not tell. The VMM may have ended.
     pub fn all(&mut self) -> Result<Dirty, DirectError> {
         self.look()?;
-        let whole = |(block, b): (usize, &Block)| Stretch { block, first: 0, count: b.pages() };
-        Ok(Dirty::of(self.blocks.iter().enumerate().map(whole).collect()))
+        let both = |(block, b): (usize, &Block)| both_halves(block, b.pages());
+        Ok(Dirty::of(self.blocks.iter().enumerate().flat_map(both).collect()))
     }
 
     /// The pages that were written since the last look.
@@ -219,6 +223,8 @@ impl Direct {
         self.between();
         self.cutter.flush();
         self.buffered = 0;
+        // Pages that are written from here on may have been sent before.
+        self.cutter.synchronised();
         Ok(self.drain(out)?)
     }
 
@@ -384,6 +390,27 @@ impl Direct {
         };
         self.blocks.iter().enumerate().filter_map(within).collect()
     }
+}
+
+/// All pages of a block, in turns from its first and from its second half. Much of a guest's RAM is often zero, or copies, over long stretches, most at
+/// one end: where that comes last the link waits for whoever finds out, and where it comes between pages that fill the link nobody waits.
+fn both_halves(block: usize, pages: u64) -> Vec<Stretch> {
+    let half = pages.div_ceil(2).next_multiple_of(TURN).min(pages);
+    let turns = |from: u64, to: u64| {
+        (from..to).step_by(TURN as usize).map(move |first| Stretch {
+            block,
+            first,
+            count: TURN.min(to - first),
+        })
+    };
+    let (mut first, mut second) = (turns(0, half), turns(half, pages));
+    std::iter::from_fn(|| {
+        let pair = [first.next(), second.next()];
+        pair.iter().any(Option::is_some).then_some(pair)
+    })
+    .flatten()
+    .flatten()
+    .collect()
 }
 
 /// Why a guest's RAM is not read directly after all.
