@@ -28,6 +28,9 @@ pub enum Unfit {
         /// The block.
         block: String,
     },
+    /// All RAM would be sent while the guest stands still.
+    #[error("this QEMU has no x-ignore-shared (it takes 4.0)")]
+    TooOld,
     /// A large block outside of the files would be sent while the guest stands still.
     #[error("RAM block {block} of {bytes} bytes is not in a shared file")]
     Outside {
@@ -95,6 +98,11 @@ impl Fit {
             if !inside && block.used > MAX_OUTSIDE {
                 return Err(Unfit::Outside { block: block.name, bytes: block.used });
             }
+        }
+        let known = qemu.qmp().execute("query-migrate-capabilities", Value::Null).await?;
+        let mut names = known.as_array().into_iter().flatten().map(|known| &known["capability"]);
+        if !names.any(|name| name == "x-ignore-shared") {
+            return Err(Unfit::TooOld);
         }
         let balloon = match qemu.qmp().execute("query-balloon", Value::Null).await {
             Ok(_) => true,
