@@ -143,7 +143,7 @@ fn bad_values_are_refused_where_they_stand() {
         ("migrations = 2", "migrations = 0", "0\ncpus", "from 1 to 64"),
         ("cpus = 4", "cpus = -1", "-1", "expected u64"),
         ("\"200Mbit", "\"0Mbit", "\"0Mbit", "rate above zero"),
-        ("\"none\"\npaths", "\"gdb\"\npaths", "\"gdb\"", "`none` or `ptrace`"),
+        ("\"none\"\noutlive", "\"gdb\"\noutlive", "\"gdb\"", "`none` or `ptrace`"),
         ("\"info,dwcp_link=debug\"", "\"loud\"", "\"loud\"", "expected error, warn, info, debug or trace"),
         ("transport = \"quic\"", "transport = \"udp\"", "\"udp\"", "`auto`, `tcp`, `quic`"),
         ("\"90s\"", "\"0s\"", "\"0s\"", "from 1s to 86400s"),

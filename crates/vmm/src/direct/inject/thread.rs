@@ -19,6 +19,8 @@ use super::trampoline;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long one thread is waited for to stand still: one that waits for a disk may not for long, and there are others.
 const PATIENCE_PER_THREAD: Duration = Duration::from_millis(200);
+/// How long a process that is ending may take to have ended. Its memory is gone before that, and reads and writes as nothing.
+const DYING: Duration = Duration::from_millis(200);
 /// The code segment of 64-bit code.
 const CODE_64: u64 = 0x33;
 /// Where in `struct rseq` (linux/rseq.h) the sequence that a thread is in is named.
@@ -34,7 +36,15 @@ pub(in crate::direct) fn userfaultfd_in(
     std::thread::scope(|scope| {
         std::thread::Builder::new()
             .name("inject".into())
-            .spawn_scoped(scope, || Injector { pid, pidfd, only, until: Instant::now() + PATIENCE }.run())
+            .spawn_scoped(scope, || {
+                let injector = Injector { pid, pidfd, only, until: Instant::now() + PATIENCE };
+                match injector.run() {
+                    Err(InjectError::Process { .. }) if injector.ends_within(DYING) => {
+                        Err(InjectError::Gone { pid })
+                    }
+                    outcome => outcome,
+                }
+            })
             .map_err(|source| InjectError::Process { pid, source })?
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -237,9 +247,14 @@ impl Injector<'_> {
     }
 
     fn has_ended(&self) -> bool {
+        self.ends_within(Duration::ZERO)
+    }
+
+    fn ends_within(&self, wait: Duration) -> bool {
         // A pidfd is readable once its process has ended (pidfd_open(2)).
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+        let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };
+        poll(&mut fds, Some(&wait)).is_ok_and(|ready| ready > 0)
     }
 
     fn failed(&self, source: io::Error) -> InjectError {
