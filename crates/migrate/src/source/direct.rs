@@ -34,9 +34,7 @@ const READ: usize = 256 << 10;
 /// Makes the direct source ready. Its error says, in words for an operator, why the VMM's stream is taken instead; the guest is as it was.
 pub(super) async fn begin(guest: &Guest, fit: Fit, chunk: usize) -> Result<Direct, String> {
     let qemu = guest.reach().await.map_err(|error| crate::hde::words(&error))?;
-    let head =
-        timeout(HEAD, head(&qemu)).await.map_err(|_| "QEMU did not write its list of RAM blocks in time")?;
-    let head = head.map_err(|error| crate::hde::words(&error))?;
+    let head = head(&qemu).await.map_err(|error| crate::hde::words(&error))?;
     let process = guest.handle().ok_or("the VMM's process is not known")?;
     let begun = spawn_blocking(move || Direct::begin(fit, &head, chunk, std::os::fd::AsFd::as_fd(&process)));
     begun.await.map_err(|error| error.to_string())?.map_err(|error| crate::hde::words(&error))
@@ -53,6 +51,8 @@ enum NoHead {
     Head(#[from] dwcp_vmm::direct::HeadError),
     #[error("QEMU's stream ended before its RAM")]
     Ended,
+    #[error("QEMU did not write its list of RAM blocks in time")]
+    Late,
     #[error("cannot read QEMU's stream")]
     Io(#[from] io::Error),
 }
@@ -60,7 +60,8 @@ enum NoHead {
 /// Lets QEMU begin to migrate, and cancels that.
 async fn head(qemu: &Qemu) -> Result<Head, NoHead> {
     let stream = socket::open_outgoing(qemu).await?;
-    let head = read_head(&stream).await;
+    // It is cancelled all the same if it is late.
+    let head = timeout(HEAD, read_head(&stream)).await.unwrap_or(Err(NoHead::Late));
     // QEMU may wait for room in the socket, and hears nothing until it has some.
     let (cancelled, _) = tokio::join!(qemu.cancel(), drain(&stream));
     cancelled?;
