@@ -3,6 +3,7 @@
 //! Every value is parsed into the type that the rest of the agent uses, so an error knows the line that it stands on
 //! (see [`ConfigError`]), and nothing later has to doubt a value.
 
+mod cpus;
 mod error;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use dwcp_rpc::endpoint;
 use serde::Deserialize;
 use tracing_subscriber::EnvFilter;
 
+pub(crate) use cpus::{Cpus, listed};
 pub(crate) use error::ConfigError;
 pub(crate) use url::Url;
 
@@ -276,8 +278,8 @@ pub(crate) enum Encryption {
 pub(crate) struct Limits {
     /// Migrations at once, both directions together.
     pub(crate) migrations: Count<64>,
-    /// CPUs that the agent spreads over; all that it is allowed where absent.
-    pub(crate) cpus: Option<Count<1024>>,
+    /// CPUs that the agent spreads over, or is confined to; all that it is allowed where absent.
+    pub(crate) cpus: Option<Cpus>,
     /// Codec threads, shared by all migrations; as many as `cpus` where absent.
     pub(crate) workers: Option<Count<256>>,
     /// Bytes of one migration that were read from the VMM and are not yet acknowledged.
@@ -311,7 +313,8 @@ impl Default for Limits {
 impl Limits {
     /// CPUs that the agent spreads over.
     pub(crate) fn cpus(&self) -> usize {
-        self.cpus.map(|n| n.0).unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+        let allowed = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.cpus.map_or_else(allowed, |cpus| cpus.count())
     }
 
     /// Codec threads.

@@ -11,6 +11,7 @@
 //! [`life`] is the whole life of the agent on one page. Exit status: 0 after a clean stop, 1 when the agent could not
 //! start or stop cleanly, 2 when the command line or the configuration is wrong (a restart will not help).
 
+mod affinity;
 mod allowed;
 mod config;
 mod convert;
@@ -86,17 +87,8 @@ fn serve(file: &Path) -> ExitCode {
         Err(error) => return wrong(&error),
     };
     logging::start(&config.log);
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(config.limits.cpus()).enable_all().build();
-    let result = match runtime {
-        Ok(runtime) => {
-            let result = runtime.block_on(life(config));
-            runtime.shutdown_timeout(EXIT_GRACE);
-            result
-        }
-        Err(error) => Err(local("runtime", format!("cannot start threads: {error}"), "")),
-    };
-    match result {
+    // Threads inherit it, and from here on there are some.
+    match affinity::confine(config.limits.cpus).and_then(|()| run(config)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             systemd::status(&failure.message);
@@ -104,6 +96,17 @@ fn serve(file: &Path) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(config: Config) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.limits.cpus())
+        .enable_all()
+        .build()
+        .map_err(|error| local("runtime", format!("cannot start threads: {error}"), ""))?;
+    let result = runtime.block_on(life(config));
+    runtime.shutdown_timeout(EXIT_GRACE);
+    result
 }
 
 /// The agent from its first breath to its last.

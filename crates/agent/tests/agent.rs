@@ -201,6 +201,27 @@ fn logs_are_json_where_asked_for() {
 }
 
 #[test]
+fn listed_cpus_are_all_that_any_thread_runs_on() {
+    let allowed = |status: PathBuf| {
+        let text = fs::read_to_string(status).ok()?;
+        let list = text.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+        Some(list.trim().to_owned())
+    };
+    // One that this test may run on, too: in a container that need not be 0.
+    let own = allowed("/proc/self/status".into()).unwrap();
+    let cpu = own.split([',', '-']).next().unwrap();
+    let home = Home::new();
+    home.edit("[flags]", &format!("[limits]\ncpus = \"{cpu}\"\nworkers = 3\n[flags]"));
+    let agent = home.start();
+    let tasks = fs::read_dir(format!("/proc/{}/task", agent.child.id())).unwrap();
+    // A thread may end while they are looked at.
+    let lists: Vec<String> = tasks.filter_map(|task| allowed(task.unwrap().path().join("status"))).collect();
+    assert!(lists.len() >= 5, "main, a worker of the runtime and three codecs: {lists:?}");
+    assert!(lists.iter().all(|list| list == cpu), "{lists:?}");
+    assert!(agent.stop().success());
+}
+
+#[test]
 fn sighup_reads_the_peers_again() {
     let home = Home::new();
     let mut agent = home.start();
@@ -263,6 +284,10 @@ fn what_is_wrong_at_the_start_is_said_with_what_to_do() {
     let home = Home::new();
     home.edit("[flags]", "[flags]\nsource = \"https://127.0.0.1:1\"\nca = \"/nonexistent.pem\"");
     assert_refused(&home, "[flags] ca /nonexistent.pem", "PEM file");
+
+    let home = Home::new();
+    home.edit("[flags]", "[limits]\ncpus = \"1023\"\n[flags]");
+    assert_refused(&home, "none of the CPUs 1023", "/sys/devices/system/cpu/online");
 }
 
 #[test]

@@ -141,7 +141,13 @@ fn bad_values_are_refused_where_they_stand() {
         ("v1_plain = true", "v1_plain = \"yes\"", "\"yes\"", "expected a boolean"),
         ("\"datacenter\"", "\"lan\"", "\"lan\"", "`any`, `datacenter`, `never`"),
         ("migrations = 2", "migrations = 0", "0\ncpus", "from 1 to 64"),
-        ("cpus = 4", "cpus = -1", "-1", "expected u64"),
+        ("cpus = 4", "cpus = -1", "-1", "from 1 to 1024"),
+        ("cpus = 4", "cpus = 0", "0\nworkers", "from 1 to 1024"),
+        ("cpus = 4", "cpus = 1025", "1025", "from 1 to 1024"),
+        ("cpus = 4", "cpus = 1.5", "1.5", "a number of CPUs, or a list"),
+        ("cpus = 4", "cpus = \"\"", "\"\"", "CPUs from 0 to 1023, such as \"0-1,4\""),
+        ("cpus = 4", "cpus = \"0-1024\"", "\"0-1024\"", "CPUs from 0 to 1023"),
+        ("cpus = 4", "cpus = \"0,3-1\"", "\"0,3-1\"", "lower CPU of a range first"),
         ("\"200Mbit", "\"0Mbit", "\"0Mbit", "rate above zero"),
         ("\"none\"\noutlive", "\"gdb\"\noutlive", "\"gdb\"", "`none` or `ptrace`"),
         ("\"info,dwcp_link=debug\"", "\"loud\"", "\"loud\"", "expected error, warn, info, debug or trace"),
@@ -169,6 +175,18 @@ fn place(text: &str, at: &str) -> String {
     let before = &text[..text.find(at).unwrap_or_else(|| panic!("no {at:?}"))];
     let column = before.len() - before.rfind('\n').map_or(0, |newline| newline + 1);
     format!("{}:{}", before.matches('\n').count() + 1, column + 1)
+}
+
+#[test]
+fn cpus_are_a_number_or_a_list_and_workers_follow() {
+    let limits = |cpus: &str| parse(&format!("node = \"x\"\n[limits]\ncpus = {cpus}")).unwrap().limits;
+    for (cpus, count) in [("4", 4), ("1024", 1024), ("\"0-1,4\"", 3), ("\"7\"", 1)] {
+        let limits = limits(cpus);
+        assert_eq!((limits.cpus(), limits.workers()), (count, count), "{cpus}");
+        assert_eq!(matches!(limits.cpus, Some(Cpus::List(_))), cpus.starts_with('"'), "{cpus}");
+    }
+    let few = parse("node = \"x\"\n[limits]\ncpus = \"0-7\"\nworkers = 2").unwrap().limits;
+    assert_eq!((few.cpus(), few.workers()), (8, 2));
 }
 
 #[test]
