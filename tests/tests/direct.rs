@@ -48,7 +48,8 @@ impl Case {
         let result = scene.move_guest(&arguments)?;
         let context = || format!("{result}\n{}", scene.logs());
         if self.live {
-            scene.to.guest_ok_for(Duration::from_secs(3)).with_context(context)?;
+            let arrived = scene.to.guest_ok_for(Duration::from_secs(3));
+            arrived.with_context(|| format!("{}\n{}", at_source(&scene), context()))?;
         } else {
             let difference = ram::compare(&scene.from, &scene.to, scene.ram_bytes())?;
             ensure!(difference.is_none(), "{difference:?}\n{}", context());
@@ -65,6 +66,15 @@ impl Case {
         let by_qemu = said["ram"]["transferred"].as_u64().context("transferred")?;
         ensure!(by_qemu < 8 * MIB, "{said}");
         Ok(())
+    }
+}
+
+/// What the guest says where it came from: whether what it misses was lost on its way.
+fn at_source(scene: &Scene) -> String {
+    let goes_on = scene.from.watch().run("cont", json!({}));
+    match goes_on.and_then(|_| scene.from.guest_ok_for(Duration::from_secs(1)).map(drop)) {
+        Ok(()) => "at the source the guest is right".to_owned(),
+        Err(error) => format!("at the source, too, the guest is wrong: {error:#}"),
     }
 }
 

@@ -4,7 +4,7 @@
 //! ```text
 //! begin:  head of QEMU's stream (its migration is cancelled) ─► tracking
 //! ingest: all pages ─► look ─► few enough? ─no─► written pages ─► look ...
-//!                                   └─yes─► stop the guest ─► last look ─► last pages, QEMU's devices ─► end
+//!                                   └─yes─► still fit? ─► stop the guest ─► last look ─► last pages, QEMU's devices ─► end
 //! ```
 
 use std::io;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use dwcp_proto::Segment;
 use dwcp_vmm::direct::{Direct, DirectError, Dirty, Fit, Gone, Head, MAX_REST};
-use dwcp_vmm::qmp::{Qemu, QmpError};
+use dwcp_vmm::qmp::{MigrationStatus, Parameters, Qemu, QmpError, RunState};
 use dwcp_vmm::socket::{self, OpenError};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -28,6 +28,10 @@ use crate::report::Report;
 
 /// How long QEMU may take to write its list of RAM blocks, and to give that migration up.
 const HEAD: Duration = Duration::from_secs(10);
+/// Bytes a second that QEMU may write of that migration: a small guest, or one of zeros, must not be through before it is cancelled.
+const SLOW: u64 = 1 << 20;
+/// No limit, as QEMU understands it.
+const UNLIMITED: u64 = 1 << 40;
 /// Bytes that are read at once of what QEMU writes.
 const READ: usize = 256 << 10;
 
@@ -53,23 +57,66 @@ enum NoHead {
     Ended,
     #[error("QEMU did not write its list of RAM blocks in time")]
     Late,
+    #[error("QEMU did not give up the migration that was to tell its RAM blocks in time")]
+    NotGivenUp,
+    #[error("QEMU had migrated all of the guest before that could be cancelled")]
+    Completed,
+    #[error("QEMU had migrated all of the guest before that could be cancelled, and does not let it go on")]
+    Stands(#[source] QmpError),
     #[error("cannot read QEMU's stream")]
     Io(#[from] io::Error),
 }
 
-/// Lets QEMU begin to migrate, and cancels that.
+/// Lets QEMU begin to migrate, slowly, and cancels that.
 async fn head(qemu: &Qemu) -> Result<Head, NoHead> {
+    let head = match bandwidth(qemu, SLOW).await {
+        Ok(()) => begun_and_cancelled(qemu).await,
+        Err(error) => Err(error),
+    };
+    // In every case: QEMU may have heard an order that it did not answer, and its stream may be what is taken instead.
+    bandwidth(qemu, UNLIMITED).await.and(head)
+}
+
+async fn bandwidth(qemu: &Qemu, limit: u64) -> Result<(), NoHead> {
+    let parameters = Parameters { max_bandwidth: Some(limit), ..Parameters::default() };
+    qemu.set_parameters(&parameters).await?;
+    Ok(())
+}
+
+async fn begun_and_cancelled(qemu: &Qemu) -> Result<Head, NoHead> {
+    let ran = qemu.run_state().await? == RunState::Running;
     let stream = socket::open_outgoing(qemu).await?;
     // It is cancelled all the same if it is late.
     let head = timeout(HEAD, read_head(&stream)).await.unwrap_or(Err(NoHead::Late));
-    // QEMU may wait for room in the socket, and hears nothing until it has some.
-    let (cancelled, _) = tokio::join!(qemu.cancel(), drain(&stream));
-    cancelled?;
+    let given_up = timeout(HEAD, give_up(qemu, &stream)).await.unwrap_or(Err(NoHead::NotGivenUp));
+    // Nobody has what it migrated, and the guest would stand still for as long as the rounds last.
+    if ran && matches!(given_up, Err(NoHead::Completed)) {
+        qemu.cont().await.map_err(NoHead::Stands)?;
+    }
+    given_up.and(head)
+}
+
+/// Cancels the migration that QEMU writes to `stream`, and waits until it has done so.
+async fn give_up(qemu: &Qemu, stream: &UnixStream) -> Result<(), NoHead> {
+    let cancel = async { qemu.cancel().await.map_err(NoHead::Qmp) };
+    // QEMU may wait for room in the socket, and hears nothing until it has some. The stream has no end soon if it cannot be told.
+    let drained = async {
+        let _ = drain(stream).await;
+        Ok::<(), NoHead>(())
+    };
+    tokio::try_join!(cancel, drained)?;
     loop {
         match qemu.migration().await?.status {
-            Some(status) if !status.is_final() => tokio::time::sleep(LOOK).await,
-            _ => return head,
+            Some(MigrationStatus::Cancelled | MigrationStatus::Failed) => return Ok(()),
+            // The guest's state follows a little later, and `cont` is refused until then.
+            Some(MigrationStatus::Completed) => {
+                if qemu.run_state().await? != RunState::FinishMigrate {
+                    return Err(NoHead::Completed);
+                }
+            }
+            _ => {}
         }
+        tokio::time::sleep(LOOK).await;
     }
 }
 
@@ -138,6 +185,9 @@ pub(super) async fn ingest(direct: Direct, rounds: Rounds) -> Result<u64, Ingest
         }
     }
     let qemu = guest.reach().await?;
+    // The guest runs, and goes on if not.
+    let fit = fit_still(&qemu).await?;
+    direct.fits(&fit)?;
     qemu.set_capabilities(&[("x-ignore-shared", true)]).await?;
     // Whoever takes the guest back does it now, or finds that it was stopped.
     let Some(stream) = guest.halt(&qemu).await? else {
@@ -152,8 +202,18 @@ pub(super) async fn ingest(direct: Direct, rounds: Rounds) -> Result<u64, Ingest
     let (sent, rest) = tokio::join!(send(direct, dirty, &segments, &counters), read_rest(&stream));
     let (direct, rest) = (sent?, rest?);
     let out = forwarding(segments, counters);
-    let (_, length) = on_thread(direct, move |direct| direct.finish(&rest, &mut { out })).await?;
+    let (direct, length) = on_thread(direct, move |direct| direct.finish(&rest, &mut { out })).await?;
+    // To end the tracking takes a while for a large guest, which stands still until this task has sent the last chunks: nobody waits for it.
+    spawn_blocking(move || drop(direct));
     Ok(length)
+}
+
+/// Whether the RAM may still be read so: something may have been plugged in since the migration began.
+async fn fit_still(qemu: &Qemu) -> Result<Fit, IngestError> {
+    let qemu = qemu.clone();
+    // It looks into every process of the machine, while the task that asks has chunks to send.
+    let fit = tokio::spawn(async move { Fit::find(&qemu).await }).await.map_err(io::Error::other)?;
+    Ok(fit.map_err(|why| DirectError::Unfit(Box::new(why)))?)
 }
 
 /// A round over RAM under way.

@@ -4,8 +4,9 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::describe::RamBlock;
 use crate::mapped::{FileId, Ram, Unmapped, maps_file};
 use crate::qmp::{Qemu, QmpError};
 
@@ -13,8 +14,10 @@ use crate::qmp::{Qemu, QmpError};
 const MAX_FILES: usize = 65_536;
 /// What an open file's flags have in them where its reads go past the page cache.
 const O_DIRECT: u32 = rustix::fs::OFlags::DIRECT.bits();
-/// What QEMU opens for devices that write guest memory by themselves.
-const DEVICES: [&str; 4] = ["/dev/vfio/", "/dev/vhost-vdpa", "/dev/iommu", "anon_inode:[kvm-gmem]"];
+/// What QEMU opens for devices that write guest memory by themselves: what its files' names begin with. /dev/sg is SCSI passed through, and
+/// SGX, whose memory nobody reads from outside.
+const DEVICES: [&str; 6] =
+    ["/dev/vfio/", "/dev/vhost-vdpa", "/dev/vhost-scsi", "/dev/iommu", "/dev/sg", "anon_inode:[kvm-gmem]"];
 
 /// Why a VM's RAM cannot be read directly.
 #[derive(Debug, thiserror::Error)]
@@ -31,12 +34,12 @@ pub enum Unfit {
     /// All RAM would be sent while the guest stands still.
     #[error("this QEMU has no x-ignore-shared (it takes 4.0)")]
     TooOld,
-    /// A large block outside of the files would be sent while the guest stands still.
-    #[error("RAM block {block} of {bytes} bytes is not in a shared file")]
+    /// Large blocks outside of the files would be sent while the guest stands still.
+    #[error("{bytes} bytes of RAM are in no shared file, most of them in RAM block {block}")]
     Outside {
-        /// The block.
+        /// The largest block.
         block: String,
-        /// Its length.
+        /// The length of all.
         bytes: u64,
     },
     /// The VMM refused an answer.
@@ -56,6 +59,14 @@ pub enum Unfit {
         /// The file.
         file: String,
     },
+    /// A disk's commands go to the device as the guest gives them, and it writes into pinned pages.
+    #[error("disk {device} is passed through ({kind}), whose reads write guest memory unseen (use scsi-hd)")]
+    PassedThrough {
+        /// The disk.
+        device: String,
+        /// QEMU's type of it.
+        kind: String,
+    },
     /// Somebody else can write the guest's memory.
     #[error("process {pid} maps the guest's memory, too")]
     Shared {
@@ -67,7 +78,7 @@ pub enum Unfit {
     Proc(#[source] io::Error),
 }
 
-/// Bytes of a block outside of shared files: what a display adapter has. It goes while the guest stands still.
+/// Bytes of all blocks outside of shared files: what a display adapter and firmware have. They go while the guest stands still.
 const MAX_OUTSIDE: u64 = 64 << 20;
 
 /// The RAM of a VM that may be read directly.
@@ -93,12 +104,9 @@ impl Fit {
                 return Err(Unfit::Unnamed { block: String::from_utf8_lossy(name).into_owned() });
             }
         }
-        for block in qemu.ram_blocks().await? {
-            let inside = ram.backings().any(|(name, _)| name == block.name.as_bytes());
-            if !inside && block.used > MAX_OUTSIDE {
-                return Err(Unfit::Outside { block: block.name, bytes: block.used });
-            }
-        }
+        let mut blocks = qemu.ram_blocks().await?;
+        blocks.retain(|block| !ram.backings().any(|(name, _)| name == block.name.as_bytes()));
+        outside(&blocks)?;
         let known = qemu.qmp().execute("query-migrate-capabilities", Value::Null).await?;
         let mut names = known.as_array().into_iter().flatten().map(|known| &known["capability"]);
         if !names.any(|name| name == "x-ignore-shared") {
@@ -109,6 +117,7 @@ impl Fit {
             Err(error) if error.is_refusal() => false,
             Err(error) => return Err(error.into()),
         };
+        passed_through(qemu).await?;
         devices(Path::new(&format!("/proc/{pid}")))?;
         let files: Vec<FileId> =
             ram.backings().filter_map(|(_, b)| b.mapping).map(|mapping| mapping.file).collect();
@@ -120,6 +129,38 @@ impl Fit {
     pub fn bytes(&self) -> u64 {
         self.ram.bytes()
     }
+}
+
+/// Whether the blocks outside of shared files are few enough.
+fn outside(blocks: &[RamBlock]) -> Result<(), Unfit> {
+    let bytes = blocks.iter().fold(0_u64, |sum, block| sum.saturating_add(block.used));
+    match blocks.iter().max_by_key(|block| block.used) {
+        Some(largest) if bytes > MAX_OUTSIDE => Err(Unfit::Outside { block: largest.name.clone(), bytes }),
+        _ => Ok(()),
+    }
+}
+
+/// Looks for disks whose commands go through SG_IO: it pins the guest's pages as O_DIRECT does, without that flag.
+async fn passed_through(qemu: &Qemu) -> Result<(), Unfit> {
+    let disks = qemu.qmp().execute("query-block", Value::Null).await?;
+    for disk in disks.as_array().into_iter().flatten() {
+        let Some(device) = disk["qdev"].as_str().filter(|device| !device.is_empty()) else { continue };
+        // Its id, or its path where it has none.
+        let path = match device.starts_with('/') {
+            true => device.to_owned(),
+            false => format!("/machine/peripheral/{device}"),
+        };
+        let kind = match qemu.qmp().execute("qom-get", json!({ "path": path, "property": "type" })).await {
+            Ok(kind) => kind,
+            // One that was unplugged meanwhile.
+            Err(error) if error.is_refusal() => continue,
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(kind @ ("scsi-block" | "scsi-generic")) = kind.as_str() {
+            return Err(Unfit::PassedThrough { device: device.to_owned(), kind: kind.to_owned() });
+        }
+    }
+    Ok(())
 }
 
 /// Looks at what a process has open, by its folder under /proc.
@@ -146,7 +187,9 @@ fn flags(info: &str) -> Option<u32> {
     u32::from_str_radix(line.trim(), 8).ok()
 }
 
-/// Looks for processes beside `vmm` and this one that map one of the files.
+/// Looks for processes beside `vmm` and this one that map one of the files. One that cannot be looked into counts as one that does not: it may
+/// have ended, and whether it holds the other end of a vhost-user socket cannot be told either. So an agent that is not root does not see
+/// another user's vhost-user backend.
 fn sharers(vmm: u32, files: &[FileId]) -> Result<(), Unfit> {
     for entry in fs::read_dir("/proc").map_err(Unfit::Proc)? {
         let name = entry.map_err(Unfit::Proc)?.file_name();
@@ -159,4 +202,25 @@ fn sharers(vmm: u32, files: &[FileId]) -> Result<(), Unfit> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(name: &str, used: u64) -> RamBlock {
+        RamBlock { name: name.to_owned(), page_size: 4096, used, total: used }
+    }
+
+    #[test]
+    fn blocks_outside_of_files_are_held_against_the_limit_together() {
+        let mut blocks = vec![block("vga.vram", MAX_OUTSIDE - 8192), block("pc.bios", 8192)];
+        assert!(outside(&blocks).is_ok());
+        assert!(outside(&[]).is_ok());
+        blocks.push(block("pc.rom", 4096));
+        let Err(Unfit::Outside { block, bytes }) = outside(&blocks) else {
+            panic!("they are too many bytes")
+        };
+        assert_eq!((block.as_str(), bytes), ("vga.vram", MAX_OUTSIDE + 4096));
+    }
 }

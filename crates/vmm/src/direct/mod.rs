@@ -15,7 +15,7 @@
 //! 2. [`Head`]: QEMU begins to migrate, which is cancelled once its list of RAM blocks was read.
 //! 3. [`Direct::begin`]: from here on every page that is written to is known.
 //! 4. [`Direct::all`], then [`Direct::written`] again and again, each time what [`Direct::look`] found.
-//! 5. The guest stops; the last [`Direct::look`] and [`Direct::written`].
+//! 5. [`Fit::find`] again, and [`Direct::fits`]: is it still so? Then the guest stops; the last [`Direct::look`] and [`Direct::written`].
 //! 6. QEMU migrates with `x-ignore-shared`; [`Direct::finish`] takes all that it writes.
 //!
 //! # Invariants
@@ -24,7 +24,8 @@
 //!
 //! # What is not seen, and therefore refused
 //! Memory that is written past the process's page tables: by devices (VFIO, vhost-vdpa), by other processes that map the file
-//! (vhost-user), by reads that bypass the page cache (O_DIRECT: their pages are pinned, and may be written after they were protected).
+//! (vhost-user), by reads that bypass the page cache (O_DIRECT, SCSI passed through: their pages are pinned, and may be written after they
+//! were protected). Such a device may come while the rounds run, as may memory: so it is asked again before the guest stops.
 //! Pages that a balloon gives back are holes in the file, which no write reports: where the VM has a balloon, holes are looked for after the
 //! last look.
 //!

@@ -12,7 +12,7 @@ use dwcp_proto::record::{FLAG_PAGE, FLAG_ZERO, RECORD_WORD};
 use dwcp_proto::{PageIndex, RamBlockId, Segment};
 use rustix::io::Errno;
 
-use super::fit::Fit;
+use super::fit::{Fit, Unfit};
 use super::head::Head;
 use super::track::{TrackError, Tracker};
 use crate::mapped::{Backing, next_data};
@@ -60,6 +60,14 @@ pub enum DirectError {
     /// The segments are not wanted any more.
     #[error(transparent)]
     Gone(#[from] Gone),
+    /// The RAM blocks are not those that the head lists, or have other lengths; or a balloon came, which nobody asked after.
+    #[error(
+        "the VM's memory is no longer what it was when the migration began: memory or a balloon was plugged in or out"
+    )]
+    Changed,
+    /// Something came that writes it unseen.
+    #[error("the guest's RAM may not be read directly any more")]
+    Unfit(#[source] Box<Unfit>),
     /// What QEMU wrote at the end is not what its beginning promised.
     #[error("QEMU's last words are not understood: {0}")]
     Rest(OpaqueReason),
@@ -163,6 +171,27 @@ impl Direct {
         Ok(Direct { blocks, layout, section, output, cutter, tracker: None, buffered: 0, target })
     }
 
+    /// Whether what is read is still all that is to be read, by what a later [`Fit::find`] found.
+    ///
+    /// # Errors
+    /// [`DirectError::Changed`].
+    pub fn fits(&self, fit: &Fit) -> Result<(), DirectError> {
+        let known = |(name, backing): (&[u8], &Backing)| {
+            let same = |block: &Block| {
+                *block.name == *name
+                    && block.backing.len == backing.len
+                    && block.backing.mapping == backing.mapping
+            };
+            self.blocks.iter().any(same)
+        };
+        // What was sent as something else than zero was noted only where there was a balloon.
+        let noted = !fit.balloon || self.blocks.iter().all(|block| !block.sent.is_empty());
+        match fit.ram.backings().count() == self.blocks.len() && fit.ram.backings().all(known) && noted {
+            true => Ok(()),
+            false => Err(DirectError::Changed),
+        }
+    }
+
     /// All pages; those that are written from here on a later [`look`](Self::look) reports.
     ///
     /// # Errors
@@ -188,13 +217,19 @@ impl Direct {
     /// # Errors
     /// A file failed.
     pub fn holes(&self) -> Result<Dirty, DirectError> {
-        let mut stretches = Vec::new();
+        let mut stretches: Vec<Stretch> = Vec::new();
         for (number, block) in self.blocks.iter().enumerate().filter(|(_, block)| !block.sent.is_empty()) {
             let (mut at, pages) = (0, block.pages());
             while at < pages {
                 let data = block.data_from(at)?;
                 for page in (at..data.unwrap_or(pages).min(pages)).filter(|&page| block.was_sent(page)) {
-                    stretches.push(Stretch { block: number, first: page, count: 1 });
+                    // A balloon may have taken gigabytes.
+                    match stretches.last_mut() {
+                        Some(last) if last.block == number && last.first + last.count == page => {
+                            last.count += 1;
+                        }
+                        _ => stretches.push(Stretch { block: number, first: page, count: 1 }),
+                    }
                 }
                 let Some(data) = data else { break };
                 at = block.hole_from(data)?.max(data + 1);
@@ -231,7 +266,7 @@ impl Direct {
     /// Takes all that QEMU wrote after the guest stopped, with x-ignore-shared, and ends the stream by it. Returns the stream's length.
     ///
     /// # Errors
-    /// It is not what QEMU writes then; or `out` wants no more.
+    /// It is not what QEMU writes then, or lists other RAM blocks than the head; or `out` wants no more.
     pub fn finish(
         &mut self,
         rest: &[u8],
@@ -260,7 +295,13 @@ impl Direct {
             at += bytes.len();
             match step {
                 // What stands before the first pages is in the head already.
-                Step::Item(_, Item::Section { .. }) => begun |= bytes[0] != crate::stream::SECTION_START,
+                Step::Item(_, Item::Section { .. }) if !begun => {
+                    begun = bytes[0] != crate::stream::SECTION_START;
+                    // The list is complete by now, and it is the head's that the destination was told.
+                    if begun && !same_blocks(&parser.layout, &self.layout) {
+                        return Err(DirectError::Changed);
+                    }
+                }
                 Step::Item(_, Item::Page(page)) if begun => {
                     self.make_room(out)?;
                     let mut room = Room { bytes: self.cutter.buffer(), len: 0 };
@@ -390,6 +431,12 @@ impl Direct {
         };
         self.blocks.iter().enumerate().filter_map(within).collect()
     }
+}
+
+/// Whether both list the same blocks, in the same order.
+fn same_blocks(one: &Layout, other: &Layout) -> bool {
+    let (one, other) = (one.blocks(), other.blocks());
+    one.len() == other.len() && one.iter().zip(other).all(|(a, b)| a.name == b.name && a.used == b.used)
 }
 
 /// All pages of a block, in turns from its first and from its second half. Much of a guest's RAM is often zero, or copies, over long stretches, most at

@@ -10,7 +10,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
-use super::{Direct, DirectError, Dirty, Gone};
+use super::{Direct, DirectError, Dirty, Gone, Stretch};
 use crate::direct::{Fit, Head, HeadError};
 use crate::mapped::Ram;
 use crate::sim::StreamWriter;
@@ -126,18 +126,23 @@ fn head_bytes() -> Vec<u8> {
 
 /// What QEMU writes with x-ignore-shared after the guest stopped.
 fn rest() -> Vec<u8> {
+    rest_of(blocks())
+}
+
+/// The same of a VM that has these blocks by then.
+fn rest_of<'a>(blocks: impl Iterator<Item = (&'a [u8], u64)> + Clone) -> Vec<u8> {
     let mut writer = StreamWriter::new();
     writer.header();
     writer.configuration("pc-q35-10.0");
     let name = b"x-ignore-shared";
     let capability = [&[0, 0, 0, 1, name.len() as u8][..], name].concat();
     writer.subsection("configuration/capabilities", &capability);
-    let ram: u64 = blocks().map(|(_, len)| len).sum();
+    let ram: u64 = blocks.clone().map(|(_, len)| len).sum();
     writer.raw(
         &[&[1][..], &2_u32.to_be_bytes(), &[3], b"ram", &0_u32.to_be_bytes(), &4_u32.to_be_bytes()].concat(),
     );
     writer.raw(&(ram | 4).to_be_bytes());
-    for (name, len) in blocks() {
+    for (name, len) in blocks {
         writer.raw(&[&[name.len() as u8][..], name, &len.to_be_bytes(), &0x1000_u64.to_be_bytes()].concat());
     }
     writer.section_end();
@@ -240,6 +245,7 @@ fn pages_that_a_balloon_gave_back_are_found_once() {
     scene.punch(0, 8, 5);
     let holes = scene.direct.holes().unwrap();
     assert_eq!(holes.pages(), 3, "10, 11 and 12 were something else before");
+    assert_eq!(holes.stretches, [Stretch { block: 0, first: 10, count: 3 }]);
     scene.send(&holes);
     assert_eq!(scene.direct.holes().unwrap().pages(), 0);
     scene.finish(&rest()).unwrap();
@@ -281,6 +287,63 @@ fn last_words_that_are_not_understood_are_refused() {
     }
     good[3] = 0;
     assert!(matches!(Scene::new(false).finish(&good), Err(DirectError::Rest(OpaqueReason::NotQemu))));
+}
+
+#[test]
+fn holes_are_joined_with_their_neighbours_only() {
+    let mut scene = Scene::new(true);
+    for page in (0..8).chain(20..30) {
+        scene.write(0, page, 5);
+    }
+    scene.write(1, 0, 5);
+    let all = scene.direct.all().unwrap();
+    scene.send(&all);
+    // From 6 on one hole, of which 8 to 19 were sent as zeros; and another block's.
+    scene.punch(0, 6, 16);
+    scene.punch(1, 0, 1);
+    let holes = scene.direct.holes().unwrap();
+    let found =
+        [(0, 6, 2), (0, 20, 2), (1, 0, 1)].map(|(block, first, count)| Stretch { block, first, count });
+    assert_eq!(holes.stretches, found);
+}
+
+#[test]
+fn memory_that_was_plugged_in_meanwhile_is_an_error() {
+    let size = PAGE_SIZE as u64;
+    let more: [(&[u8], u64); 1] = [(b"dimm", size)];
+    let [first, second] = RAM.map(|(name, pages)| (name, pages * size));
+    let rom = (ROM.0, ROM.1 * size);
+    let others = [
+        blocks().chain(more).collect::<Vec<_>>(),
+        more.into_iter().chain(blocks()).collect(),
+        vec![first, rom],
+        vec![second, first, rom],
+        vec![(first.0, first.1 - size), second, rom],
+    ];
+    for other in others {
+        let mut scene = Scene::new(false);
+        let refused = scene.finish(&rest_of(other.iter().copied()));
+        assert!(matches!(refused, Err(DirectError::Changed)), "{other:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn a_later_look_at_the_vm_finds_what_has_changed() {
+    let fit = |scene: &Scene, blocks: usize, balloon: bool| {
+        let files =
+            RAM.into_iter().zip(&scene.files).map(|((name, _), file)| (name, file.try_clone().unwrap()));
+        Fit { ram: Ram::in_files(files.take(blocks)).unwrap(), pid: 0, balloon }
+    };
+    let scene = Scene::new(false);
+    assert!(scene.direct.fits(&fit(&scene, 2, false)).is_ok());
+    let changed = |result: Result<(), DirectError>| matches!(result, Err(DirectError::Changed));
+    assert!(changed(scene.direct.fits(&fit(&scene, 1, false))));
+    assert!(changed(scene.direct.fits(&fit(&scene, 2, true))), "a balloon came");
+    scene.files[1].set_len(PAGE_SIZE as u64).unwrap();
+    assert!(changed(scene.direct.fits(&fit(&scene, 2, false))));
+    // One that went does no harm.
+    let scene = Scene::new(true);
+    assert!(scene.direct.fits(&fit(&scene, 2, false)).is_ok());
 }
 
 #[test]
