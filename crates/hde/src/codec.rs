@@ -66,10 +66,13 @@ impl Decompressor {
     }
 
     /// Gives away the first `len` bytes of what was decompressed last from another codec than [`Codec::Raw`]. Their memory comes back
-    /// when they are dropped.
+    /// when they are dropped, and is no more than twice as much: what waits is counted by its length.
     pub(crate) fn give(&mut self, len: usize) -> Bytes {
+        let len = len.min(self.out.len());
+        if self.out.capacity() > len.saturating_mul(2) {
+            return Bytes::copy_from_slice(&self.out[..len]);
+        }
         let buffer = std::mem::replace(&mut self.out, self.buffers.take());
-        let len = len.min(buffer.len());
         self.buffers.share(buffer).slice(..len)
     }
 

@@ -253,11 +253,7 @@ impl Metrics {
         add!("dwcp_v3_bytes_processed", "Bytes of the VMMs' streams carried over v3", s.v3_processed);
         add!("dwcp_v3_operations", "Chunks that v3 carried or failed to carry", s.v3_operations);
         add!("dwcp_v3_errors", "Chunks and sessions that failed on v3, by who erred", s.v3_errors);
-        add!(
-            "dwcp_v3_latency_seconds",
-            "From a chunk's first sending to its acknowledgement",
-            s.v3_latency.0
-        );
+        add!("dwcp_v3_latency_seconds", "From a chunk's encoding to its acknowledgement", s.v3_latency.0);
         add!("dwcp_v3_busy_seconds", "Seconds in which a migration carried memory over v3", s.v3_busy);
         add!("dwcp_v3_migrations_inflight", "Migrations on v3 now", s.v3_inflight);
         add!("dwcp_v3_pages", "Pages encoded for v3, by the layer that sent them", s.v3_pages);
@@ -351,7 +347,7 @@ impl Metrics {
         self.0.v3_wire.get_or_create(&mode.into()).inc_by(bytes);
     }
 
-    /// A chunk was acknowledged, so long after it was first sent.
+    /// A chunk was acknowledged, so long after it was encoded.
     pub fn v3_acknowledged(&self, mode: Mode, latency: Duration) {
         self.0.v3_operations.get_or_create(&mode.into()).inc();
         self.0.v3_latency.0.get_or_create(&mode.into()).observe(latency.as_secs_f64());

@@ -54,21 +54,19 @@ struct Entry {
     weight: u64,
     end: StreamOffset,
     link: Option<LinkId>,
-    first_sent: Option<Duration>,
+    sent: bool,
     /// When it was handed to `link`.
     handed: Duration,
     nacks: u32,
 }
 
 /// What an acknowledgement freed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Acked {
     /// First chunk freed.
     pub from: Seq,
     /// The chunk after the last freed.
     pub to: Seq,
-    /// From first transmission to acknowledgement, for each freed chunk.
-    pub latencies: Vec<Duration>,
 }
 
 /// See the module.
@@ -129,7 +127,7 @@ impl Sender {
             weight,
             end,
             link: None,
-            first_sent: None,
+            sent: false,
             handed: Duration::ZERO,
             nacks: 0,
         });
@@ -163,9 +161,8 @@ impl Sender {
         *self.links.entry(link).or_default() += 1;
         if let Some(entry) = self.entries.get_mut((seq.0 - self.base.0) as usize) {
             (entry.link, entry.handed) = (Some(link), now);
-            match entry.first_sent {
-                None => entry.first_sent = Some(now),
-                Some(_) => self.retransmitted += 1,
+            if std::mem::replace(&mut entry.sent, true) {
+                self.retransmitted += 1;
             }
         }
         Some((link, seq))
@@ -186,17 +183,16 @@ impl Sender {
         }
         let freed = (next.0 - self.base.0) as usize;
         // Chunks are first sent in order, so the last one speaks for all.
-        if freed.checked_sub(1).and_then(|i| self.entries.get(i)).is_some_and(|e| e.first_sent.is_none()) {
+        if freed.checked_sub(1).and_then(|i| self.entries.get(i)).is_some_and(|e| !e.sent) {
             return Err(SenderError::BadAck { acked: next.0, base: self.base.0, next: end });
         }
-        let mut acked = Acked { from: self.base, to: next, latencies: Vec::with_capacity(freed) };
+        let acked = Acked { from: self.base, to: next };
         let mut bytes = 0;
         for entry in self.entries.drain(..freed) {
             bytes += entry.wire;
             self.unacked_weight -= entry.weight;
             self.unacked_wire -= entry.wire;
             self.applied = entry.end;
-            acked.latencies.extend(entry.first_sent.map(|sent| now.saturating_sub(sent)));
         }
         self.base = next;
         self.waiting = self.waiting.split_off(&next);
@@ -221,7 +217,7 @@ impl Sender {
     /// before, or that crossed with a later word on the same chunk, changes nothing.
     pub fn nack(&mut self, seq: Seq, times: u32) -> Result<(), SenderError> {
         let Some(i) = seq.0.checked_sub(self.base.0) else { return Ok(()) };
-        let entry = self.entries.get_mut(i as usize).filter(|e| e.first_sent.is_some());
+        let entry = self.entries.get_mut(i as usize).filter(|e| e.sent);
         let entry = entry.ok_or(SenderError::BadNack(seq.0))?;
         if times <= entry.nacks {
             return Ok(());

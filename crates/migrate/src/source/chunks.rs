@@ -123,7 +123,7 @@ pub(crate) async fn send(
                         let followed = encoding.len() + 1 >= AHEAD;
                         effort.spent(Spent { bytes, busy, waited: at.elapsed(), followed });
                     }
-                    stage.push(chunk);
+                    stage.push(chunk, at);
                 }
                 // The bytes are still here; v1 needs no encoder.
                 Err(why) => helm.encoder_failed(why),
@@ -172,7 +172,8 @@ fn memory(out: &Outgoing, leg: &Leg) -> Result<Option<Memory>, Failure> {
     } else {
         match CacheSize::new(leg.choice.cache_pages).filter(|_| out.layers.refer()) {
             Some(size) => Holding::Cache(size),
-            None => return Ok(None),
+            // Nothing to refer to; a lane goes from chunk to chunk all the same.
+            None => Holding::Blocks(Vec::new()),
         }
     };
     Ok(Some(Memory::new(out.layers, holding, &nonce()?, out.remember)))
@@ -187,6 +188,8 @@ pub(crate) struct Stage {
     sender: Sender,
     /// What was sealed and not acknowledged, from `base` on.
     kept: VecDeque<SealedChunk>,
+    /// When each of them was encoded.
+    encoded: VecDeque<Instant>,
     base: Seq,
     /// The digest of what was acknowledged.
     carried: [u8; 32],
@@ -207,6 +210,7 @@ impl Stage {
             started: Instant::now(),
             sender,
             kept: VecDeque::new(),
+            encoded: VecDeque::new(),
             base: Seq(0),
             carried: leg.id.0,
             links: HashMap::new(),
@@ -230,21 +234,23 @@ impl Stage {
         self.end.is_none() && self.sender.has_room()
     }
 
-    fn push(&mut self, chunk: EncodedChunk) {
+    /// Takes a chunk that was encoded at that time.
+    fn push(&mut self, chunk: EncodedChunk, at: Instant) {
         let sealed = self.sealer.seal(&self.out.session.key, chunk);
         self.out.counters.chunks.add(1);
-        self.keep(sealed);
+        self.keep(sealed, at);
     }
 
     fn push_end(&mut self) {
         let end = self.sealer.seal_end(&self.out.session.key);
         self.end = Some((end.header().offset, end.header().hash()));
-        self.keep(end);
+        self.keep(end, Instant::now());
     }
 
-    fn keep(&mut self, sealed: SealedChunk) {
+    fn keep(&mut self, sealed: SealedChunk, encoded: Instant) {
         self.sender.push(sealed.wire_len(), sealed.header().weight(), sealed.header().end());
         self.kept.push_back(sealed);
+        self.encoded.push_back(encoded);
         self.busy_since.get_or_insert_with(Instant::now);
     }
 
@@ -314,8 +320,8 @@ impl Stage {
         reel.trim(ack.applied, |_| {}).map_err(super::carry::beyond_end)?;
         self.out.counters.rate.set(self.sender.pace().rate() as u64);
         self.count_again();
-        for latency in acked.latencies {
-            self.out.metrics.v3_acknowledged(self.mode, latency);
+        for encoded in self.encoded.drain(..freed.min(self.encoded.len())) {
+            self.out.metrics.v3_acknowledged(self.mode, encoded.elapsed());
         }
         for refusal in &ack.refused {
             debug!(
