@@ -19,6 +19,11 @@ impl Bucket {
         Bucket { rate: rate.map(|r| r.max(1)), paid_at: Duration::ZERO }
     }
 
+    /// Whether there is a rate.
+    pub(crate) fn is_limited(&self) -> bool {
+        self.rate.is_some()
+    }
+
     /// How long to wait before the next write.
     pub(crate) fn wait(&self, now: Duration) -> Duration {
         match self.rate {

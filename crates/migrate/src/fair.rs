@@ -1,7 +1,8 @@
 //! The node's bandwidth, shared fairly among the migrations that leave it.
 //!
 //! All of them together stay within one rate. Who is held back by it gets the same share as the others that are, whatever the size of
-//! their writes; who wants less (its own limit, a slow link) takes less, and what it leaves goes to the others.
+//! their writes; who wants less (its own limit, a slow link) takes less, and what it leaves goes to the others. Whoever is urgent goes
+//! first: its guest stands still.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -35,6 +36,9 @@ struct State {
     served: u64,
     /// It is held back, and was told to ask again before this moment.
     waits_until: Option<Duration>,
+    urgent: bool,
+    /// When it last asked.
+    asked: Duration,
 }
 
 impl Fair {
@@ -47,7 +51,7 @@ impl Fair {
     pub(crate) fn join(&mut self) -> Flow {
         let flow = Flow(self.next);
         self.next += 1;
-        self.flows.insert(flow, State { served: 0, waits_until: None });
+        self.flows.insert(flow, State { served: 0, waits_until: None, urgent: false, asked: Duration::ZERO });
         flow
     }
 
@@ -56,10 +60,26 @@ impl Fair {
         self.flows.remove(&flow);
     }
 
+    /// What this flow has to write goes before what the others have, or as theirs.
+    pub(crate) fn urgent(&mut self, flow: Flow, urgent: bool) {
+        if let Some(state) = self.flows.get_mut(&flow) {
+            state.urgent = urgent;
+        }
+    }
+
     /// How long this flow is to wait before it asks again; zero: it may write now.
     pub(crate) fn wait(&mut self, flow: Flow, now: Duration) -> Duration {
         let behind = self.least_waiting(flow, now);
+        let gives_way = self.all.is_limited() && self.others_are_urgent(flow, now);
         let Some(mut state) = self.flows.get(&flow).copied() else { return Duration::ZERO };
+        state.asked = now;
+        if state.urgent || gives_way {
+            let wait = self.all.wait(now);
+            let wait = if state.urgent { wait } else { wait.max(TURN) };
+            state.waits_until = (!wait.is_zero()).then(|| now + wait + GRACE);
+            self.flows.insert(flow, state);
+            return wait;
+        }
         if let Some(behind) = behind {
             state.served = state.served.max(behind.saturating_sub(CREDIT));
         }
@@ -78,6 +98,12 @@ impl Fair {
         if let Some(state) = self.flows.get_mut(&flow) {
             state.served = state.served.saturating_add(bytes);
         }
+    }
+
+    /// Whether another flow is urgent and has something to write: it asked a moment ago.
+    fn others_are_urgent(&self, flow: Flow, now: Duration) -> bool {
+        let mut others = self.flows.iter().filter(|(other, _)| **other != flow);
+        others.any(|(_, state)| state.urgent && state.asked + GRACE >= now)
     }
 
     /// What the least served of the others that are held back has got.
@@ -176,10 +202,30 @@ mod tests {
     }
 
     #[test]
+    fn whoever_is_urgent_goes_before_the_others_while_it_has_something_to_say() {
+        let mut fair = Fair::new(Some(RATE));
+        let mut senders: Vec<_> = (0..8).map(|_| sender(&mut fair, 1 << 20, 0, 0)).collect();
+        run(&mut fair, &mut senders, Duration::from_secs(1));
+        let before = senders[0].sent;
+        fair.urgent(senders[0].flow, true);
+        run(&mut fair, &mut senders, Duration::from_secs(2));
+        let urgent = senders[0].sent - before;
+        assert!(urgent as f64 > 0.9 * RATE as f64, "{urgent}");
+        // It says nothing more.
+        senders[0].due = Duration::from_secs(100);
+        let others = |senders: &[Sender]| senders[1..].iter().map(|s| s.sent).sum::<u64>();
+        let before = others(&senders);
+        run(&mut fair, &mut senders, Duration::from_secs(3));
+        assert_near(others(&senders) - before, 0.95 * RATE as f64, "the others");
+    }
+
+    #[test]
     fn without_a_limit_nobody_waits() {
         let mut fair = Fair::new(None);
         let (one, other) = (fair.join(), fair.join());
         fair.spend(one, u64::MAX, Duration::ZERO);
+        assert_eq!(fair.wait(one, Duration::ZERO), Duration::ZERO);
+        fair.urgent(one, true);
         assert_eq!(fair.wait(one, Duration::ZERO), Duration::ZERO);
         assert_eq!(fair.wait(other, Duration::ZERO), Duration::ZERO);
     }

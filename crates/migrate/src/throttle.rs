@@ -49,6 +49,11 @@ impl Throttle {
         }
     }
 
+    /// The guest stands still (or runs again): its last bytes go before what guests that run have to send.
+    pub(crate) fn urgent(&self, urgent: bool) {
+        self.node.fair().urgent(self.flow, urgent);
+    }
+
     /// `bytes` were written.
     pub(crate) fn spend(&self, bytes: u64) {
         let now = self.node.started.elapsed();

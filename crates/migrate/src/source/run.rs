@@ -406,12 +406,14 @@ impl Run {
                 let age = event.at.and_then(|at| now.checked_sub(at)).filter(|age| *age < migration);
                 self.stopped_at = Instant::now().checked_sub(age.unwrap_or_default());
                 self.stopped.send_replace(true);
+                self.outgoing.throttle.urgent(true);
                 self.report.set(|s| s.phase = s.phase.max(Phase::Switchover));
                 self.pilot.note("switchover", "the guest stopped").await;
             }
             EventKind::Resume => {
                 self.stopped_at = None;
                 self.stopped.send_replace(false);
+                self.outgoing.throttle.urgent(false);
                 let back = |p| if p == Phase::Switchover { Phase::Precopy } else { p };
                 self.report.set(|s| s.phase = back(s.phase));
             }
@@ -529,9 +531,8 @@ impl Run {
         self.stream = None;
         self.monitor.abort_all();
         self.count();
-        // Whoever moves the guest next need not know how it was tried here.
-        if (self.channels.is_multifd() || self.report.is_direct())
-            && matches!(self.outcome, Some(Outcome::Aborted(_) | Outcome::Moved))
+        // Whoever moves the guest next need not know how it was tried here, be it in an earlier life of this agent.
+        if matches!(self.outcome, Some(Outcome::Aborted(_) | Outcome::Moved))
             && let Ok(qemu) = self.guest.reach().await
             && let Err(error) = qemu.set_capabilities(&[("multifd", false), ("x-ignore-shared", false)]).await
         {
