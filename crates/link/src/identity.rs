@@ -26,6 +26,10 @@ impl Identity {
         let credentials = Credentials::new(key);
         let server =
             tls::server_config(&credentials, peers.clone(), Told::default()).map_err(LinkError::Setup)?;
+        // The first random bytes of a process take 30 to 50 ms, for aws-lc gathers its entropy from the CPU's jitter. Drawn here, they do not
+        // hold up the first handshake, at both ends one after the other.
+        let drawn = server.crypto_provider().secure_random.fill(&mut [0; 32]);
+        drawn.map_err(|error| LinkError::Setup(error.into()))?;
         Ok(Identity { node, peers, credentials, server: Arc::new(server) })
     }
 
