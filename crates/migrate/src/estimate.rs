@@ -26,11 +26,12 @@ use crate::probe::{Burst, Carried, probe};
 use crate::shared::Shared;
 use crate::source::{self, Downtime, Plan};
 use crate::spec::{MigrateSpec, Vmm};
+use crate::transport;
 use content::{LATER, SOON, Seen};
 
 /// A burst as long as TCP needs to find a far link's rate; less than the destination takes of one connection.
 const BURST: Burst =
-    Burst { streams: 1, bytes: 192 << 20, time: Duration::from_secs(3), link: Mode::Internet, quic: false };
+    Burst { bytes: 192 << 20, time: Duration::from_secs(3), link: Mode::Internet, ..Burst::QUICK };
 /// Bytes a second that the agents get through where nothing is compressed, about, on two cores.
 const PLAIN: f64 = 500e6;
 /// Bytes a second of zero pages.
@@ -43,6 +44,8 @@ const SETUP: Duration = Duration::from_millis(250);
 const SETUP_TRIPS: u32 = 6;
 /// Bytes of the VMM's stream for each page beside its content, as part of it.
 const FRAMING: f64 = 8.0 / 4096.0;
+/// What names the page that another one is a copy of, for each of its bytes.
+const COPY: f64 = 16.0 / 4096.0;
 
 /// What a migration would take.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -121,11 +124,12 @@ pub(crate) async fn estimate(
     };
     // One after the other: the burst would slow the guest's writes down, and these the burst.
     let seen = look(&qemu, &mut known, compression).await?;
-    let burst = Burst { streams: known.choice.streams, link: mode, quic: known.choice.quic, ..BURST };
+    let limit = source::limit(shared, spec);
+    let burst = Burst { streams: known.choice.streams, link: mode, quic: known.choice.quic, limit, ..BURST };
     let carried = probe(&known.dialler, burst).await?;
     known.guest.release();
-    let rate = spec.bandwidth_limit.map_or(carried.steady, |limit| carried.steady.min(limit as f64));
-    let memory = memory(&seen, &known, compression);
+    let rate = limit.map_or(carried.steady, |limit| carried.steady.min(limit as f64));
+    let memory = memory(&seen, &mut known, compression, shared.config.hde.dedup);
     let way = way(&seen, &known, rate, shared, compression);
     Ok(told(known, seen, carried, rate, (path, mode), &memory, &forecast(&memory, &way)))
 }
@@ -146,7 +150,8 @@ async fn alone(shared: &Shared, spec: &MigrateSpec) -> Result<Known, Failure> {
     let qemu = guest.reach().await.map_err(qmp_failure)?;
     let description = qemu.describe().await.map_err(qmp_failure)?;
     let dialler = shared.dialler(spec.addr, spec.to.clone());
-    let quick = probe(&dialler, Burst::QUICK).await?;
+    let limit = source::limit(shared, spec);
+    let quick = probe(&dialler, Burst { limit, ..Burst::QUICK }).await?;
     let rtt = quick.rtt.unwrap_or_default();
     let (link, why) = shared.config.bounds.judge(rtt, Some(quick.best));
     let judged = source::mode(shared, spec, link, why);
@@ -158,6 +163,9 @@ async fn alone(shared: &Shared, spec: &MigrateSpec) -> Result<Known, Failure> {
     let mut choice =
         choose(&offer, &theirs, source::wish(spec, judged.0), link).map_err(source::impossible)?;
     choice.mode_reason = judged.1;
+    let found = transport::find(shared, &dialler, &theirs, &choice, rtt, limit).await;
+    choice.quic = found.quic && transport::possible(&choice);
+    choice.reasons.extend(found.fallback);
     Ok(Known {
         downtime: Downtime::divide(spec.downtime_limit, rtt, shared.write_time)?,
         ram: crate::hde::ram_bytes(&description),
@@ -205,13 +213,18 @@ async fn written(qemu: &Qemu) -> Result<(f64, f64), Failure> {
     Ok((soon as f64, later as f64))
 }
 
-fn memory(seen: &Seen, known: &Known, compression: Compression) -> Memory {
+fn memory(seen: &Seen, known: &mut Known, compression: Compression, dedup: bool) -> Memory {
     let bytes = known.ram as f64;
     let (soon, later) = seen.dirty.unwrap_or((0.0, 0.0));
     let times = f64::from(LATER) / f64::from(SOON);
     let (hot, churn) = hot_set(soon, later, f64::from(SOON), times, bytes);
-    let first = seen.first.unwrap_or(1.0) + FRAMING;
     let refers = known.choice.mapped || known.choice.cache_pages > 0;
+    let copies = if refers && dedup { seen.copies } else { 0.0 };
+    if copies > 0.01 {
+        let copies = copies * 100.0;
+        known.notes.push(format!("{copies:.0} % of the pages that are not zero are copies of others"));
+    }
+    let first = seen.first.unwrap_or(1.0) * (1.0 - copies) + COPY * copies + FRAMING;
     let again = match (compression, seen.again) {
         (Compression::Raw, _) => 1.0 + FRAMING,
         (_, Some(again)) if refers && cached(known, hot) => again,

@@ -13,7 +13,7 @@ use dwcp_proto::Mode;
 use dwcp_proto::message::{Body, Probe, Probed};
 use futures_util::future::{join_all, try_join_all};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::error::{Blame, Failure};
 use crate::handshake::{Dialler, Probing};
@@ -48,6 +48,8 @@ pub(crate) struct Burst {
     pub(crate) link: Mode,
     /// Over QUIC, not TCP.
     pub(crate) quic: bool,
+    /// Bytes a second that may be taken of the link, over all connections.
+    pub(crate) limit: Option<u64>,
 }
 
 impl Burst {
@@ -58,6 +60,7 @@ impl Burst {
         time: Duration::from_millis(200),
         link: Mode::Datacenter,
         quic: false,
+        limit: None,
     };
 }
 
@@ -70,6 +73,8 @@ pub(crate) struct Carried {
     pub(crate) best: f64,
     /// The least round trip that the kernel saw meanwhile.
     pub(crate) rtt: Option<Duration>,
+    /// What the round trip came to at the end, beyond the least one: packets that lay in a queue.
+    pub(crate) queued: Duration,
     /// Parts of what was sent that had to be sent again.
     pub(crate) resent: f64,
 }
@@ -80,13 +85,15 @@ pub(crate) async fn probe(dialler: &Dialler, burst: Burst) -> Result<Carried, Fa
     let share = burst.bytes / u64::from(streams);
     let made =
         try_join_all((0..streams).map(|_| connect(dialler, burst))).await.map_err(WireError::failure)?;
-    let sent = join_all(made.into_iter().map(|line| line.send(share, burst.time))).await;
-    let mut all = Carried { steady: 0.0, best: 0.0, rtt: None, resent: 0.0 };
+    let limit = burst.limit.map(|limit| limit as f64 / f64::from(streams));
+    let sent = join_all(made.into_iter().map(|line| line.send(share, burst.time, limit))).await;
+    let mut all = Carried { steady: 0.0, best: 0.0, rtt: None, queued: Duration::ZERO, resent: 0.0 };
     for one in sent {
         let one = one.map_err(WireError::failure)?;
         all.steady += one.steady;
         all.best = all.best.max(one.best);
         all.rtt = all.rtt.into_iter().chain(one.rtt).min();
+        all.queued = all.queued.max(one.queued);
         all.resent += one.resent / f64::from(streams);
     }
     all.best = all.best.max(all.steady);
@@ -116,7 +123,7 @@ async fn connect(dialler: &Dialler, Burst { link, quic, .. }: Burst) -> Result<L
 }
 
 impl Line {
-    async fn send(mut self, bytes: u64, time: Duration) -> Result<Carried, WireError> {
+    async fn send(mut self, bytes: u64, time: Duration, limit: Option<f64>) -> Result<Carried, WireError> {
         let started = Instant::now();
         let piece = vec![0; PIECE];
         let write = async {
@@ -124,6 +131,11 @@ impl Line {
             while sent < bytes && started.elapsed() < time {
                 self.writer.write_all(&piece).await?;
                 sent += piece.len() as u64;
+                if let Some(limit) = limit {
+                    // A little more than may be taken at once is paid for before the next.
+                    let due = Duration::from_secs_f64(sent as f64 / limit.max(1.0)).min(time);
+                    sleep(due.saturating_sub(started.elapsed())).await;
+                }
             }
             self.writer.shutdown().await
         };
@@ -152,7 +164,13 @@ impl Line {
         };
         let segments = (acked as f64 / SEGMENT).max(1.0);
         let resent = sample.map_or(0.0, |s| f64::from(s.retransmits) / segments);
-        Ok(Carried { steady, best, rtt: sample.map(|s| s.min_rtt.min(s.rtt)), resent: resent.min(1.0) })
+        Ok(Carried {
+            steady,
+            best,
+            rtt: sample.map(|s| s.min_rtt.min(s.rtt)),
+            queued: sample.map_or(Duration::ZERO, |s| s.rtt.saturating_sub(s.min_rtt)),
+            resent: resent.min(1.0),
+        })
     }
 }
 

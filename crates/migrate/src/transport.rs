@@ -49,6 +49,9 @@ pub(crate) const SEGMENT: f64 = 1448.0;
 /// the link's rate overflows its queue once, and loses hundreds of packets together. (At five times a link of
 /// 100 ms that loses 0.5 % was taken for a full one: a burst begins faster than losses leave it in the end.)
 const OWN_LOSSES: f64 = 10.0;
+/// The same where its packets lay in a queue at the end, for this part of the least round trip: only a link that is full has one.
+const FULL_LOSSES: f64 = 3.0;
+const FULL_QUEUE: f64 = 0.25;
 
 /// Why QUIC, where it was asked for.
 const ASKED: &str = "[link] transport asks for QUIC";
@@ -140,7 +143,8 @@ pub(crate) async fn find(
 /// had too much in flight, or fills what may be taken, its own is enough, and a short one at that.
 async fn compare(dialler: &Dialler, choice: &Choice, rtt: Duration, limit: Option<u64>) -> Found {
     let time = (rtt * TRIPS).clamp(SHORTEST, LONGEST);
-    let burst = Burst { streams: choice.streams, bytes: BYTES, time, link: Mode::Internet, quic: false };
+    let burst =
+        Burst { streams: choice.streams, bytes: BYTES, time, link: Mode::Internet, quic: false, limit };
     let began = Instant::now();
     let tcp = match probe(dialler, Burst { bytes: FEW_BYTES, ..burst }).await {
         Ok(carried) => carried,
@@ -156,7 +160,7 @@ async fn compare(dialler: &Dialler, choice: &Choice, rtt: Duration, limit: Optio
     if tcp.resent < NOTHING {
         return Found::tcp(format!("it carries {carried}, and loses nothing"));
     }
-    if tcp.steady >= left_by_losses(&tcp, rtt, choice.streams) * OWN_LOSSES {
+    if loses_its_own(&tcp, rtt, choice.streams) {
         return Found::tcp(format!("it carries {carried}, and loses only what it has too much in flight"));
     }
     // Like is held against like: what carried the first burst before its time was over has a short one for QUIC, too.
@@ -168,6 +172,13 @@ async fn compare(dialler: &Dialler, choice: &Choice, rtt: Duration, limit: Optio
         Ok(quic) => Found::tcp(format!("it carries {carried}, and QUIC {}", units::rate(quic.steady))),
         Err(failure) => Found::tcp(format!("QUIC carried nothing: {}", failure.message)),
     }
+}
+
+/// Whether TCP lost only what it had too much in flight itself.
+fn loses_its_own(carried: &Carried, rtt: Duration, streams: u32) -> bool {
+    let queued = carried.queued.as_secs_f64() >= carried.rtt.unwrap_or(rtt).as_secs_f64() * FULL_QUEUE;
+    let times = if queued { FULL_LOSSES } else { OWN_LOSSES };
+    carried.steady >= left_by_losses(carried, rtt, streams) * times
 }
 
 /// Bytes a second that `streams` connections would carry if packets went on being lost as they were in the burst: Mathis, Semke, Mahdavi
@@ -244,8 +255,8 @@ mod tests {
     fn losses_that_go_on_are_told_from_one_queue_that_overflowed() {
         let ms = Duration::from_millis;
         let own = |rate, rtt, resent| {
-            let carried = Carried { steady: rate, best: rate, rtt: Some(rtt), resent };
-            rate >= left_by_losses(&carried, rtt, 4) * OWN_LOSSES
+            let carried = Carried { steady: rate, best: rate, rtt: Some(rtt), queued: ms(0), resent };
+            loses_its_own(&carried, rtt, 4)
         };
         // Full links whose queue ran over.
         assert!(own(24e6, ms(20), 0.03));
@@ -255,6 +266,10 @@ mod tests {
         // One packet of 200, and one of 2000, is lost whatever is in flight.
         assert!(!own(2e6, ms(100), 0.005));
         assert!(!own(10e6, ms(20), 0.000_5));
+        // A burst at 200 Mbit/s that was slow at first: only the queue tells it from losses that go on.
+        let carried = Carried { steady: 18e6, best: 25e6, rtt: Some(ms(20)), queued: ms(15), resent: 0.02 };
+        assert!(loses_its_own(&carried, ms(20), 4));
+        assert!(!loses_its_own(&Carried { queued: ms(2), ..carried }, ms(20), 4));
     }
 
     #[test]

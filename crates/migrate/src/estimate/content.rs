@@ -1,5 +1,7 @@
 //! A sample of the guest's pages, where they can be read, looked at three times.
 
+use std::array;
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use dwcp_hde::{Choice as Compression, Glance, Glances, Scales};
@@ -19,6 +21,15 @@ pub(super) const LATER: u32 = 3;
 /// Stretches of memory that are looked at, evenly spread, and the pages of each: 16 MiB in all.
 const STRETCHES: u64 = 256;
 const LENGTH: u64 = 16;
+/// Pages of which a line is looked at to find copies, at most: those of 4 GiB. Beyond, copies are found only among as many.
+const LINES: u64 = 1 << 20;
+/// Where in the page that line lies, and its length: not at the beginning, where unlike pages are alike.
+const LINE_AT: usize = 1024 + 512;
+const LINE: usize = 64;
+/// One line's content of so many is looked into, page by page.
+const CHOSEN: u64 = 16;
+/// Copies among fewer pages say nothing.
+const FEW: usize = 256;
 /// Bytes that are compressed together, as in a chunk.
 const CHUNK: usize = 256 << 10;
 
@@ -29,6 +40,8 @@ pub(super) struct Seen {
     pub(super) zero: f64,
     /// Bytes after compression for each byte of the others.
     pub(super) first: Option<f64>,
+    /// The share of them that are copies of others.
+    pub(super) copies: f64,
     /// Bytes of a delta for each byte of a page that was written to.
     pub(super) again: Option<f64>,
     /// Bytes of memory dirtied within [`SOON`] and within [`LATER`].
@@ -40,7 +53,7 @@ pub(super) struct Seen {
 impl Seen {
     /// Nothing.
     pub(super) fn unknown() -> Self {
-        Seen { zero: 0.0, first: None, again: None, dirty: None, encode_rate: None }
+        Seen { zero: 0.0, first: None, copies: 0.0, again: None, dirty: None, encode_rate: None }
     }
 }
 
@@ -107,10 +120,12 @@ impl First {
         }
         let total = pages.len().max(1) as f64;
         let (ratio, rate) = scale.read();
+        let copies = if compression == Compression::Raw { 0.0 } else { copies(&ram)? };
         let seen = Seen {
             zero: zeros as f64 / total,
             // A guest without content costs nothing, whatever the ratio.
             first: Some(ratio.unwrap_or(1.0)),
+            copies,
             encode_rate: rate,
             ..Seen::unknown()
         };
@@ -136,6 +151,29 @@ impl First {
             (weigh.is_some() && changed > 0).then(|| light as f64 / (changed * PAGE_SIZE as u64) as f64);
         Ok((ram, self, Later { pages: changed, ratio }))
     }
+}
+
+/// The share of pages that are not zero and have the content of one before them. Pages are chosen by what they hold, not by where they
+/// lie, so that copies are chosen together.
+fn copies(ram: &Ram) -> Result<f64, MappedError> {
+    let word = |hash: blake3::Hash| u64::from_le_bytes(array::from_fn(|n| hash.as_bytes()[n]));
+    let all = ram.bytes() / PAGE_SIZE as u64;
+    let (mut line, mut page): ([u8; LINE], Page) = ([0; LINE], [0; PAGE_SIZE]);
+    let (mut contents, mut chosen) = (HashSet::new(), 0usize);
+    for (block, bytes) in ram.sizes() {
+        let pages = bytes / PAGE_SIZE as u64;
+        let some = (u128::from(pages) * u128::from(LINES.min(all)) / u128::from(all.max(1))) as u64;
+        for index in (0..some).map(PageIndex) {
+            ram.read_part(block, index, LINE_AT, &mut line)?;
+            if line == [0; LINE] || !word(blake3::hash(&line)).is_multiple_of(CHOSEN) {
+                continue;
+            }
+            ram.read(block, index, &mut page)?;
+            contents.insert(word(blake3::hash(&page)));
+            chosen += 1;
+        }
+    }
+    Ok(if chosen < FEW { 0.0 } else { 1.0 - contents.len() as f64 / chosen as f64 })
 }
 
 /// Evenly spread stretches of all blocks.

@@ -49,7 +49,7 @@ use crate::throttle::Throttle;
 
 pub(crate) use helm::SwitchOrder;
 pub(crate) use ingest::Inlet;
-pub(crate) use plan::{Downtime, Plan, check, failures, impossible, mode, plan, wish};
+pub(crate) use plan::{Downtime, Plan, check, failures, impossible, limit, mode, plan, wish};
 pub(crate) use run::closing;
 
 use run::Run;
@@ -230,7 +230,7 @@ async fn attempt(
         wish,
         transport_reason,
         link,
-        limit: spec.bandwidth_limit,
+        limit: plan::limit(shared, &spec),
     };
     let mut run = Run::new(shared, id, report, pilot, guest, control, outgoing);
     run.vmm_limit = downtime.vmm;

@@ -194,7 +194,7 @@ pub(crate) async fn plan(
     }
     // Where the rate decides nothing, nothing is sent to find it; and a limit on what may be taken holds for a probe, too.
     let decides = spec.mode == ModeWish::Auto && spec.path != PathWish::V1 && little(shared, spec).is_none();
-    let (link, why) = judge(shared, &dialler, met.rtt, decides).await;
+    let (link, why) = judge(shared, &dialler, met.rtt, decides.then(|| limit(shared, spec))).await;
     let (mode, mode_reason) = self::mode(shared, spec, link, why);
     let mut wish = wish(spec, mode);
     let theirs = met.welcome.offer.clone().unwrap_or_default();
@@ -203,7 +203,7 @@ pub(crate) async fn plan(
         Ok(choice) => choice,
         Err(error) => return Err(together(problems, impossible(error))),
     };
-    let found = transport::find(shared, &dialler, &theirs, &choice, met.rtt, spec.bandwidth_limit).await;
+    let found = transport::find(shared, &dialler, &theirs, &choice, met.rtt, limit(shared, spec)).await;
     if found.quic {
         wish.quic = true;
         choice = chosen(wish).unwrap_or(choice);
@@ -218,6 +218,8 @@ pub(crate) async fn plan(
     choice.guest_runs = guest_ran;
     choice.mode_reason = mode_reason;
     choice.reasons.extend(without_congestion(shared, &choice));
+    let here = crate::hde::allowance(ram, shared.config.limits.memory);
+    choice.reasons.extend(crate::hde::given_up(&choice, ram, here, shared.config.hde));
     let mode = ModeChoice::new(mode, spec.mode != ModeWish::Auto, shared.config.bounds);
     let downtime = match Downtime::divide(spec.downtime_limit, met.rtt, shared.write_time) {
         Ok(downtime) => downtime,
@@ -282,9 +284,14 @@ pub(crate) fn mode(shared: &Shared, spec: &MigrateSpec, link: Mode, why: String)
     (mode, format!("{} mode was asked for", mode.name()))
 }
 
-/// The limit on what may be taken of the link, bytes a second, where that is less than a datacenter's link carries.
+/// Bytes a second that may be taken of the link: by this migration, or by all that leave this node.
+pub(crate) fn limit(shared: &Shared, spec: &MigrateSpec) -> Option<u64> {
+    spec.bandwidth_limit.into_iter().chain(shared.config.limits.bandwidth).min()
+}
+
+/// The same, where that is less than a datacenter's link carries.
 fn little(shared: &Shared, spec: &MigrateSpec) -> Option<f64> {
-    spec.bandwidth_limit.map(|limit| limit as f64).filter(|limit| *limit < shared.config.bounds.enough())
+    limit(shared, spec).map(|limit| limit as f64).filter(|limit| *limit < shared.config.bounds.enough())
 }
 
 /// What the caller wishes for, with the mode that comes of it.
@@ -301,13 +308,17 @@ pub(crate) fn wish(spec: &MigrateSpec, mode: Mode) -> Wish {
     }
 }
 
-/// What kind of link it is, and why. Where the rate decides nothing the round trip does: it is only policy that asks then.
-async fn judge(shared: &Shared, dialler: &Dialler, rtt: Duration, decides: bool) -> (Mode, String) {
+/// What kind of link it is, and why. Its rate decides where there is a `limit`, perhaps of none, within which it may be looked for;
+/// elsewhere the round trip does: it is only policy that asks then.
+async fn judge(
+    shared: &Shared,
+    dialler: &Dialler,
+    rtt: Duration,
+    limit: Option<Option<u64>>,
+) -> (Mode, String) {
     let bounds = shared.config.bounds;
-    if !decides || rtt >= bounds.rtt {
-        return bounds.judge(rtt, None);
-    }
-    match probe(dialler, Burst::QUICK).await {
+    let Some(limit) = limit.filter(|_| rtt < bounds.rtt) else { return bounds.judge(rtt, None) };
+    match probe(dialler, Burst { limit, ..Burst::QUICK }).await {
         Ok(carried) => bounds.judge(rtt, Some(carried.best)),
         Err(failure) => {
             warn!(%failure, "the link was not probed");

@@ -153,6 +153,23 @@ impl Ram {
         self.at(block, index, 1, |file, at| file.read_exact_at(into, at))
     }
 
+    /// Reads the bytes of a page from `offset` on, as many as there is room for.
+    ///
+    /// # Errors
+    /// They lie beyond the page or its block, or the file cannot be read.
+    pub fn read_part(
+        &self,
+        block: &[u8],
+        index: PageIndex,
+        offset: usize,
+        into: &mut [u8],
+    ) -> Result<(), MappedError> {
+        if offset.checked_add(into.len()).is_none_or(|end| end > PAGE_SIZE) {
+            return Err(beyond(block, index));
+        }
+        self.at(block, index, 1, |file, at| file.read_exact_at(into, at + offset as u64))
+    }
+
     /// Makes pages zero. Pages that are zero already are not touched: a hole stays a hole, and reading one takes no
     /// memory; what was allocated beforehand stays allocated.
     pub(super) fn zero(&self, block: &[u8], first: PageIndex, count: u32) -> Result<(), MappedError> {
