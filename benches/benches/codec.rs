@@ -1,5 +1,5 @@
-//! Encoding and decoding chunks, beside the plain libraries on the same pages: GB/s of guest memory, one
-//! thread.
+//! Encoding and decoding chunks, alone and through a lane, beside the plain libraries on the same pages: GB/s of
+//! guest memory, one thread.
 
 // A bench whose subject fails has to stop.
 #![allow(clippy::unwrap_used)]
@@ -10,15 +10,19 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use dwcp_benches::{Page, Random, guest_pages, segments};
-use dwcp_hde::{Choice, Decoder, Encoded, Encoder};
-use dwcp_proto::Segment;
+use dwcp_hde::{Choice, Decoder, Encoded, Encoder, LaneDecoder, LaneEncoder, LaneWindow, Written};
 use dwcp_proto::limits::PAGE_SIZE;
+use dwcp_proto::{Codec, Segment};
 use lz4_flex::block::{self, CompressTable};
 use zstd_safe::{CCtx, DCtx};
 
 const PAGES: usize = 2048;
 /// Pages of one chunk: 512 KiB.
 const PER_CHUNK: usize = 128;
+/// Bytes of a lane's window. A pass over all pages is longer by the chunks' tables, so that no chunk finds itself in the pass before.
+const WINDOW: u64 = (PAGES * PAGE_SIZE) as u64;
+/// Levels at which lanes and the plain zstd are measured.
+const LEVELS: [i32; 2] = [1, 3];
 
 const CHOICES: [(&str, Choice); 6] = [
     ("raw", Choice::Raw),
@@ -49,8 +53,23 @@ fn encode_pages(mut group: BenchmarkGroup<'_, WallTime>, pages: &[Page], choices
             });
         });
     }
+    lane_compression(&mut group, &segments);
     plain_compression(&mut group, pages);
     group.finish();
+}
+
+/// Chunk after chunk through one lane, which goes on from pass to pass.
+fn lane_compression(group: &mut BenchmarkGroup<'_, WallTime>, segments: &[Segment]) {
+    for level in LEVELS {
+        let (mut encoder, mut lane, mut payload) = (Encoder::new(), new_lane(), Vec::new());
+        group.bench_function(format!("lane {level}"), |b| {
+            b.iter(|| {
+                for segment in segments {
+                    black_box(encode_next(&mut encoder, &mut lane, segment, level, &mut payload));
+                }
+            });
+        });
+    }
 }
 
 /// The same pages through the libraries alone, without a table or a check of the stream.
@@ -69,20 +88,22 @@ fn plain_compression(group: &mut BenchmarkGroup<'_, WallTime>, pages: &[Page]) {
         });
     });
     let mut context = CCtx::create();
-    group.bench_function("plain zstd 1", |b| {
-        b.iter(|| {
-            for chunk in pages.chunks(PER_CHUNK) {
-                black_box(context.compress(&mut out[..], chunk.as_flattened(), 1).unwrap());
-            }
+    for level in LEVELS {
+        group.bench_function(format!("plain zstd {level}"), |b| {
+            b.iter(|| {
+                for chunk in pages.chunks(PER_CHUNK) {
+                    black_box(context.compress(&mut out[..], chunk.as_flattened(), level).unwrap());
+                }
+            });
         });
-    });
+    }
 }
 
 fn decode(c: &mut Criterion) {
     let pages = guest_pages(PAGES);
     let segments = segments(&pages, PER_CHUNK);
     let mut group = group(c, "decode", &pages);
-    for (name, choice) in &CHOICES[..4] {
+    for (name, choice) in &CHOICES[..5] {
         let encoded: Vec<_> = segments.iter().map(|segment| encode_one(segment, *choice)).collect();
         let (mut decoder, mut out) = (Decoder::new(), Vec::new());
         group.bench_function(*name, |b| {
@@ -97,17 +118,59 @@ fn decode(c: &mut Criterion) {
             });
         });
     }
-    let frames: Vec<_> = pages.chunks(PER_CHUNK).map(|chunk| plain_zstd(chunk.as_flattened())).collect();
+    lane_decompression(&mut group, &segments);
+    plain_decompression(&mut group, &pages);
+    group.finish();
+}
+
+/// The chunks of one lane, from the first on in each pass.
+fn lane_decompression(group: &mut BenchmarkGroup<'_, WallTime>, segments: &[Segment]) {
+    for level in LEVELS {
+        let (mut encoder, mut lane) = (Encoder::new(), new_lane());
+        let next = |segment: &Segment| {
+            let mut payload = Vec::new();
+            let encoded = encode_next(&mut encoder, &mut lane, segment, level, &mut payload);
+            assert_eq!(encoded.codec, Codec::Lane);
+            (encoded, payload)
+        };
+        let encoded: Vec<_> = segments.iter().map(next).collect();
+        let (mut decoder, mut out) = (LaneDecoder::new(window()), Vec::<u8>::new());
+        group.bench_function(format!("lane {level}"), |b| {
+            b.iter(|| {
+                for (segment, (encoded, payload)) in segments.iter().zip(&encoded) {
+                    out.clear();
+                    let (raw_len, stream_len) = (encoded.raw_len as usize, segment.bytes.len());
+                    let content = decoder.open_unverified(payload, raw_len, stream_len).unwrap();
+                    content.replay(black_box(&mut out)).unwrap();
+                }
+            });
+        });
+    }
+}
+
+/// As [`plain_compression`].
+fn plain_decompression(group: &mut BenchmarkGroup<'_, WallTime>, pages: &[Page]) {
+    let chunks = || pages.chunks(PER_CHUNK).map(|chunk| chunk.as_flattened());
     let mut raw = vec![0; PER_CHUNK * PAGE_SIZE];
-    let mut context = DCtx::create();
-    group.bench_function("plain zstd 1", |b| {
+    let packed: Vec<_> = chunks().map(block::compress).collect();
+    group.bench_function("plain lz4_flex", |b| {
         b.iter(|| {
-            for frame in &frames {
-                black_box(context.decompress(&mut raw[..], frame).unwrap());
+            for chunk in &packed {
+                black_box(block::decompress_into(chunk, &mut raw).unwrap());
             }
         });
     });
-    group.finish();
+    let mut context = DCtx::create();
+    for level in LEVELS {
+        let frames: Vec<_> = chunks().map(|chunk| plain_zstd(chunk, level)).collect();
+        group.bench_function(format!("plain zstd {level}"), |b| {
+            b.iter(|| {
+                for frame in &frames {
+                    black_box(context.decompress(&mut raw[..], frame).unwrap());
+                }
+            });
+        });
+    }
 }
 
 fn encode_one(segment: &Segment, choice: Choice) -> (Encoded, Vec<u8>) {
@@ -116,9 +179,32 @@ fn encode_one(segment: &Segment, choice: Choice) -> (Encoded, Vec<u8>) {
     (encoded, payload)
 }
 
-fn plain_zstd(data: &[u8]) -> Vec<u8> {
+fn window() -> LaneWindow {
+    LaneWindow::new(WINDOW).unwrap()
+}
+
+fn new_lane() -> Option<LaneEncoder> {
+    Some(LaneEncoder::new(window()))
+}
+
+/// Encodes `segment` as the lane's next chunk.
+fn encode_next(
+    encoder: &mut Encoder,
+    lane: &mut Option<LaneEncoder>,
+    segment: &Segment,
+    level: i32,
+    payload: &mut Vec<u8>,
+) -> Encoded {
+    let written = encoder.read(segment, None).unwrap().write_or_gather(Choice::Zstd(level), payload);
+    match written {
+        Written::Done(encoded) => encoded,
+        Written::Gathered(gathered) => gathered.write(encoder, lane, payload),
+    }
+}
+
+fn plain_zstd(data: &[u8], level: i32) -> Vec<u8> {
     let mut frame = vec![0; zstd_safe::compress_bound(data.len())];
-    let len = zstd_safe::compress(&mut frame[..], data, 1).unwrap();
+    let len = zstd_safe::compress(&mut frame[..], data, level).unwrap();
     frame.truncate(len);
     frame
 }

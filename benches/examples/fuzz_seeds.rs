@@ -6,9 +6,10 @@ use std::path::Path;
 use std::{fs, io};
 
 use dwcp_hde::testing::SegmentBuilder;
-use dwcp_hde::{Choice, Encoder, Holding, Layers, Memory};
+use dwcp_hde::{Choice, Encoder, Holding, LaneEncoder, LaneWindow, Layers, Memory, Written};
 use dwcp_proto::frame::Head;
 use dwcp_proto::journal::{self, Chain, Entry, Note};
+use dwcp_proto::limits::MIN_LANE_WINDOW;
 use dwcp_proto::message::{Ack, Body, Hello, Message, Offer, Ping};
 use dwcp_proto::{EncodedChunk, Lane, NodeKey, NodeName, PageVersion, Sealer, SessionId, StreamOffset};
 use dwcp_vmm::sim::{Scatter, StreamWriter, Style};
@@ -20,6 +21,7 @@ fn main() -> io::Result<()> {
         ("multifd_merge", channels()),
         ("chunk_decode", chunks()),
         ("chunk_replay", references()),
+        ("lane_decode", lanes()),
         ("frame", frames()),
     ] {
         let folder = corpus.join(target);
@@ -113,6 +115,33 @@ fn chunks() -> Vec<Vec<u8>> {
         }
     }
     seeds
+}
+
+/// Chunks of a lane, each behind its payload's length and what a header would announce: of one frame, and of two.
+fn lanes() -> Vec<Vec<u8>> {
+    let lane_of = |levels: &[i32]| -> Option<Vec<u8>> {
+        let mut encoder = Encoder::new();
+        let mut lane = Some(LaneEncoder::new(LaneWindow::new(MIN_LANE_WINDOW)?));
+        let mut seed = Vec::new();
+        for (level, n) in levels.iter().zip(0..) {
+            let mut pages = SegmentBuilder::new();
+            pages.zero(b"pc.ram", n).page(b"pc.ram", n + 1, &[1; 4096]).opaque(b"like the one before");
+            let segment = pages.finish(0);
+            let mut payload = Vec::new();
+            let reading = encoder.read(&segment, None).ok()?;
+            let Written::Gathered(gathered) = reading.write_or_gather(Choice::Zstd(*level), &mut payload)
+            else {
+                return None;
+            };
+            let encoded = gathered.write(&mut encoder, &mut lane, &mut payload);
+            seed.extend((payload.len() as u16).to_be_bytes());
+            seed.extend(&encoded.raw_len.to_le_bytes()[..3]);
+            seed.extend(&(segment.bytes.len() as u32).to_le_bytes()[..3]);
+            seed.extend(&payload);
+        }
+        Some(seed)
+    };
+    [&[3, 3, 3][..], &[1, 1, 3]].into_iter().filter_map(lane_of).collect()
 }
 
 /// Payloads with references of every kind to pages 0 to 3, behind the size of the cache and what these hold.
