@@ -14,10 +14,13 @@ const MIB: u64 = 1 << 20;
 /// Slow enough that the guest is ahead for some rounds, and far below what it writes: 8 MB of pages a second.
 const SLOW: [&str; 6] = ["--mode", "internet", "--bandwidth-limit", "40Mbit", "--downtime-limit", "500ms"];
 
+fn spec(version: QemuVersion, backing: Backing) -> QemuSpec {
+    let load = GuestLoad { mib: 32, rate: 2000, hot_mib: 16, ..GuestLoad::default() };
+    QemuSpec { backing, load, ..QemuSpec::new(version, Role::Source) }
+}
+
 fn scene(kit: &dwcp_tests::Kit, version: QemuVersion, backing: Backing) -> Result<Scene> {
-    let mut spec = QemuSpec { backing, ..QemuSpec::new(version, Role::Source) };
-    spec.load = GuestLoad { mib: 32, rate: 2000, hot_mib: 16, ..GuestLoad::default() };
-    Scene::with(kit, spec, AgentConfig::default(), AgentConfig::default())
+    Scene::with(kit, spec(version, backing), AgentConfig::default(), AgentConfig::default())
 }
 
 /// How many pages the source has sent by this layer.
@@ -56,30 +59,70 @@ fn a_live_guest_through_a_cache_qemu_10_0() -> Result<()> {
     live(QemuVersion::V10_0, Backing::Anonymous, "stream", "a_live_guest_through_a_cache_qemu_10_0")
 }
 
-/// The path is left for v1 in the middle, where the VMM's socket has seen no page of what is in RAM, and entered again.
+/// An operator takes it to v1 and back.
 #[test]
 fn mapped_ram_is_equal_after_v1_and_v3_again() -> Result<()> {
     let Some(kit) = Scene::kit_or_skip("mapped_ram_is_equal_after_v1_and_v3_again") else { return Ok(()) };
     let scene = scene(&kit, QemuVersion::V10_0, Backing::Memfd)?;
+    let result = turned(&scene, "40Mbit", [20 * MIB, 28 * MIB], &|path| {
+        scene.a.ctl(&[&"switch", &ID, &"--path", &path])?.success().map(drop)
+    })?;
+    ensure!(result["fallback_reasons"].to_string().matches(" on: operator: ").count() == 2, "{result}");
+    Ok(())
+}
+
+/// The flag goes off, and on again: the migration returns by itself.
+#[test]
+fn mapped_ram_is_equal_after_the_flag_was_off() -> Result<()> {
+    let Some(kit) = Scene::kit_or_skip("mapped_ram_is_equal_after_the_flag_was_off") else { return Ok(()) };
+    let flags = tempfile::tempdir()?;
+    let (file, fresh) = (flags.path().join("flag.json"), flags.path().join("fresh.json"));
+    let turn = |path: &str| -> Result<()> {
+        let on = path == "v3";
+        let text = format!(r#"{{"feature":"dwcp_v3_hde","percentage":100,"enabled":{on}}}"#);
+        std::fs::write(&fresh, text)?;
+        Ok(std::fs::rename(&fresh, &file)?)
+    };
+    turn("v3")?;
+    // Beside the source in its table: by default a migration waits for a minute or more before it returns, here for a second to three.
+    let source = format!("file:{}\"\nreturn_after = \"1s", file.display());
+    let config = AgentConfig { flags: source, ..AgentConfig::default() };
+    let mut spec = spec(QemuVersion::V10_0, Backing::Memfd);
+    // That wait, and two seconds more, are on v1 at 3 MB a second: much has to be left after it.
+    spec.load.mib = 64;
+    let scene = Scene::with(&kit, spec, config, AgentConfig::default())?;
+    let result = turned(&scene, "24Mbit", [8 * MIB, 10 * MIB], &turn)?;
+    ensure!(result["fallback_reasons"].to_string().matches(" on: flag: ").count() == 2, "{result}");
+    Ok(())
+}
+
+const ID: &str = "turned";
+
+/// Moves a paused guest into mapped RAM, and has its path turned to v1 and to v3 again, as soon as so many bytes of its stream were
+/// carried: v1 goes through the VMM's socket, which has seen no page of what is in RAM. Both guests' RAM is equal then.
+fn turned(
+    scene: &Scene,
+    bandwidth: &str,
+    at: [u64; 2],
+    turn: &(dyn Fn(&str) -> Result<()> + Sync),
+) -> Result<Value> {
     scene.from.watch().run("stop", json!({}))?;
     scene.incoming()?.success()?;
-    let carried = AtomicU64::new(0);
-    let arguments = [&SLOW[..], &["--id", "turned"]].concat();
+    let slow =
+        ["--mode", "internet", "--bandwidth-limit", bandwidth, "--downtime-limit", "500ms", "--id", ID];
     let result: Result<Value> = std::thread::scope(|scope| {
         let turner = scope.spawn(|| -> Result<()> {
-            for (at, path) in [(20 * MIB, "v1"), (28 * MIB, "v3")] {
-                until("the moment of the turn", Duration::from_secs(120), || {
-                    Ok((carried.load(Ordering::Relaxed) >= at).then_some(()))
+            for (at, from, to) in [(at[0], "v3", "v1"), (at[1], "v1", "v3")] {
+                let before = until_status(scene, "the moment of the turn", |status| {
+                    status["path"] == from && status["raw_bytes"].as_u64() >= Some(at)
                 })?;
-                scene.a.ctl(&[&"switch", &"turned", &"--path", &path])?.success()?;
+                ensure!((before["sink"] == "mapped") == (to == "v1"), "{before}");
+                turn(to)?;
+                until_status(scene, "the path to change", |status| status["path"] == to)?;
             }
             Ok(())
         });
-        let result = scene.migrate_watched(&arguments, |line| {
-            let value: Value = serde_json::from_str(line).unwrap_or_default();
-            carried.fetch_max(value["raw_bytes"].as_u64().unwrap_or_default(), Ordering::Relaxed);
-        });
-        let result = result?.success()?.json();
+        let result = scene.migrate(&slow)?.success()?.json();
         turner.join().map_err(|_| anyhow::anyhow!("the turning thread failed"))??;
         result
     });
@@ -88,7 +131,21 @@ fn mapped_ram_is_equal_after_v1_and_v3_again() -> Result<()> {
     ensure!(ram::compare(&scene.from, &scene.to, scene.ram_bytes())?.is_none(), "{result}");
     scene.to.watch().run("cont", json!({}))?;
     scene.to.guest_ok_for(Duration::from_secs(1))?;
-    Ok(())
+    Ok(result)
+}
+
+/// The status that holds, unless the migration ends without it.
+fn until_status(scene: &Scene, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
+    until(what, Duration::from_secs(60), || {
+        // Until it is registered there is none.
+        let status = scene.a.ctl(&[&"status", &ID, &"--json"])?.json().unwrap_or_default();
+        if holds(&status) {
+            return Ok(Some(status));
+        }
+        let ended = ["completed", "aborted", "failed"].iter().any(|end| status["phase"] == *end);
+        ensure!(!ended, "it ended before {what}: {status}");
+        Ok(None)
+    })
 }
 
 /// Somebody else writes to the destination's RAM meanwhile: what refers to such a page is found out, and goes on without.

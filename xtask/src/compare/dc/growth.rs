@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use dwcp_tests::Kit;
 
 use super::report::mebibytes;
-use super::{BESIDE_MIB, Bench, Contender, GuestState, Settings, document};
+use super::{Bench, Contender, GuestState, Settings, document, ram_mib};
 use crate::compare::machine;
 use crate::compare::stage::{Run, Runs};
 use crate::compare::table::{ConcatLines, Table, median};
@@ -38,7 +38,7 @@ pub(super) fn measure(kit: &Kit, settings: &Settings) -> Result<()> {
         Table::new(&["guest", "RAM, MiB", "sink", "seconds", "agents, MiB", "may be, MiB", ""]);
     for gib in GIBS {
         let mib = gib << 10;
-        let needed = 2 * (mib + BESIDE_MIB) + SPARE_MIB;
+        let needed = 2 * ram_mib(mib) + SPARE_MIB;
         if machine::available_mib()? < u64::from(needed) {
             println!("a guest of {gib} GiB is left out: it takes {needed} MiB that are not free");
             continue;
@@ -49,7 +49,7 @@ pub(super) fn measure(kit: &Kit, settings: &Settings) -> Result<()> {
         sizes.extend(of.into_iter().map(|(_, runs)| (format!("{gib} GiB"), runs)));
         for mapped in [true, false] {
             let run = bench.run(Contender::Internet { mapped }, GuestState::Paused, false)?;
-            internet.line(in_internet_mode(gib, mib + BESIDE_MIB, mapped, &run));
+            internet.line(in_internet_mode(gib, ram_mib(mib), mapped, &run));
         }
     }
     let rows = sizes.iter().map(|(name, runs)| (name.clone(), runs.as_slice()));

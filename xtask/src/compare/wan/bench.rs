@@ -1,5 +1,6 @@
 //! The laboratory of the comparison: a guest at one end of a long line, and whoever takes it to the other end.
 
+use std::fmt::Display;
 use std::fs;
 use std::net::SocketAddr;
 use std::thread::sleep;
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::cases::{CHANNELS, Guest, Link, Setting, XBZRLE_CACHE};
-use super::run::{End, Run};
+use super::run::{End, Foretold, Run};
 use crate::compare::cost::Usage;
 
 /// The downtime that everybody is asked for.
@@ -68,7 +69,7 @@ impl Bench {
 
         let run = match setting.path() {
             None => self.natively(&destination, limit)?,
-            Some(path) => self.by_agents(&destination, (path, setting.source()), limit)?,
+            Some(path) => self.by_agents(&destination, (path, setting), limit)?,
         };
         if verify && run.end == End::Done {
             destination.guest_ok_for(Duration::from_secs(1)).context("at the destination")?;
@@ -117,13 +118,14 @@ impl Bench {
         Ok(run)
     }
 
-    /// By `way`: the path, and where pages are read at the source.
+    /// By this path; with mapped RAM they are asked first what it would take.
     fn by_agents(
         &mut self,
         destination: &Qemu,
-        way: (&'static str, &'static str),
+        (path, setting): (&'static str, Setting),
         limit: Duration,
     ) -> Result<Run> {
+        let way = (path, setting.source());
         let folder = self.dir.path().join(format!("agents-{}", self.moves));
         fs::create_dir(&folder)?;
         let at = |end: LineEnd| AgentConfig {
@@ -137,6 +139,12 @@ impl Bench {
         let qmp = destination.qmp_path();
         b.ctl(&[&"incoming", &VM, &"--qmp", &qmp.display(), &"--from", &a.node()])?.success()?;
 
+        let foretold = match setting {
+            Setting::V3Mapped => Some(estimate(&a, &b, &self.source)?),
+            _ => None,
+        };
+        // What the estimate sent is through.
+        sleep(DRAIN);
         let pids: Vec<u32> = [&a, &b].into_iter().filter_map(Agent::pid).collect();
         let mut gauge = Gauge::start(self, destination, &pids)?;
         let id = format!("wan-{}", self.moves);
@@ -156,7 +164,7 @@ impl Bench {
             end => end,
         };
         let done = end == End::Done;
-        let mut run = gauge.finish(self, end)?;
+        let mut run = Run { foretold, ..gauge.finish(self, end)? };
         if done {
             run.said = said.success()?.json().with_context(|| format!("{}\n{}", a.log(), b.log()))?;
             run.said["codecs"] = codecs(&a.http_get("/metrics")?);
@@ -201,6 +209,29 @@ fn migrate(
             &"--json",
         ],
     )
+}
+
+/// What `a` says that it would take to move the guest to `b`. Where it would not converge the program's status says so, too.
+fn estimate(a: &Agent, b: &Agent, source: &Qemu) -> Result<Foretold> {
+    let (qmp, to) = (source.qmp_path(), b.target()?);
+    let downtime = format!("{}ms", DOWNTIME.as_millis());
+    let qmp = qmp.display();
+    let ask: [&dyn Display; 13] = [
+        &"estimate",
+        &VM,
+        &"--qmp",
+        &qmp,
+        &"--to",
+        &to,
+        &"--path",
+        &"v3",
+        &"--mode",
+        &"internet",
+        &"--downtime-limit",
+        &downtime,
+        &"--json",
+    ];
+    Ok(serde_json::from_value(a.ctl_within(PATIENCE, &ask)?.json()?)?)
 }
 
 /// How many chunks each codec got, from an agent's metrics.
@@ -330,6 +361,7 @@ impl Gauge {
             others: (all.machine - all.movers - all.vmms - line).max(0.0) + all.stolen,
             anon_bytes: <[u64; 2]>::try_from(self.anon).ok(),
             said: Value::Null,
+            foretold: None,
         })
     }
 }

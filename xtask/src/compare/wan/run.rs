@@ -37,6 +37,18 @@ pub(super) struct Run {
     pub(super) anon_bytes: Option<[u64; 2]>,
     /// What the agents say of it; null without agents.
     pub(super) said: serde_json::Value,
+    /// What `dwcpctl estimate` had said before, where it was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) foretold: Option<Foretold>,
+}
+
+/// What `dwcpctl estimate` says.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Foretold {
+    pub(super) seconds: f64,
+    pub(super) downtime_ms: f64,
+    pub(super) wire_bytes: f64,
+    pub(super) converges: bool,
 }
 
 impl Run {
@@ -68,6 +80,11 @@ impl Runs {
     pub(super) fn median(&self, figure: impl Fn(&Run) -> f64) -> Option<f64> {
         let done = median(self.done().map(&figure));
         done.or_else(|| median(self.0.iter().map(&figure)))
+    }
+
+    /// The median of what was foretold of a figure beside what it came to; absent where nothing was.
+    pub(super) fn foretold(&self, said: fn(&Foretold) -> f64, taken: fn(&Run) -> f64) -> Option<f64> {
+        median(self.done().filter_map(|run| Some(said(run.foretold.as_ref()?) / taken(run))))
     }
 
     /// The median downtime in milliseconds.
@@ -116,6 +133,7 @@ mod tests {
             others: 0.0,
             anon_bytes: None,
             said: serde_json::Value::Null,
+            foretold: None,
         }
     }
 
