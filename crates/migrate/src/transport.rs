@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dwcp_link::{Connection, DialOptions, LinkError, dial, dial_quic};
 use dwcp_proto::message::{Body, Choice, Offer, Probe};
@@ -70,15 +70,17 @@ pub(crate) struct Found {
     pub(crate) reason: String,
     /// It was asked for by name, and cannot be had.
     pub(crate) fallback: Option<String>,
+    /// The link loses packets that nobody had too much in flight.
+    pub(crate) lossy: bool,
 }
 
 impl Found {
     fn tcp(reason: impl Into<String>) -> Self {
-        Found { quic: false, reason: reason.into(), fallback: None }
+        Found { quic: false, reason: reason.into(), fallback: None, lossy: false }
     }
 
     fn quic(reason: impl Into<String>) -> Self {
-        Found { quic: true, reason: reason.into(), fallback: None }
+        Found { quic: true, reason: reason.into(), fallback: None, lossy: false }
     }
 }
 
@@ -117,7 +119,7 @@ pub(crate) async fn find(
     let asked = shared.config.transport == Transport::Quic;
     let without = |why: String| {
         let fallback = asked.then(|| format!("TCP instead of QUIC: {why}"));
-        Found { quic: false, reason: why, fallback }
+        Found { fallback, ..Found::tcp(why) }
     };
     match shared.config.transport {
         Transport::Tcp => Found::tcp("[link] transport asks for TCP"),
@@ -140,12 +142,12 @@ pub(crate) async fn find(
 }
 
 /// A burst over each, one after the other: beside each other they would share the link. Where TCP loses nothing, or only what it
-/// had too much in flight, or fills what may be taken, its own is enough, and a short one at that.
+/// had too much in flight, or fills what may be taken, a short one of its own is enough. Held against each other both get a long one: what a
+/// short one carries is its slow beginning.
 async fn compare(dialler: &Dialler, choice: &Choice, rtt: Duration, limit: Option<u64>) -> Found {
     let time = (rtt * TRIPS).clamp(SHORTEST, LONGEST);
     let burst =
         Burst { streams: choice.streams, bytes: BYTES, time, link: Mode::Internet, quic: false, limit };
-    let began = Instant::now();
     let tcp = match probe(dialler, Burst { bytes: FEW_BYTES, ..burst }).await {
         Ok(carried) => carried,
         Err(failure) => {
@@ -163,15 +165,16 @@ async fn compare(dialler: &Dialler, choice: &Choice, rtt: Duration, limit: Optio
     if loses_its_own(&tcp, rtt, choice.streams) {
         return Found::tcp(format!("it carries {carried}, and loses only what it has too much in flight"));
     }
-    // Like is held against like: what carried the first burst before its time was over has a short one for QUIC, too.
-    let bytes = if began.elapsed() < time { FEW_BYTES } else { BYTES };
-    match probe(dialler, Burst { quic: true, bytes, ..burst }).await {
+    let tcp = probe(dialler, burst).await.unwrap_or(tcp);
+    let carried = units::rate(tcp.steady);
+    let found = match probe(dialler, Burst { quic: true, ..burst }).await {
         Ok(quic) if quic.steady >= tcp.steady * CLEARLY => {
             Found::quic(format!("it carries {}, and TCP {carried}", units::rate(quic.steady)))
         }
         Ok(quic) => Found::tcp(format!("it carries {carried}, and QUIC {}", units::rate(quic.steady))),
         Err(failure) => Found::tcp(format!("QUIC carried nothing: {}", failure.message)),
-    }
+    };
+    Found { lossy: true, ..found }
 }
 
 /// Whether TCP lost only what it had too much in flight itself.

@@ -4,6 +4,9 @@
 //! and in the network between comes on top. So the bytes in flight are kept to what the link carries in a part of the
 //! downtime limit, but not below one bandwidth-delay product, which the link needs to be full.
 //!
+//! Where the link loses packets a chunk takes a round trip or two more until it is whole. What that takes is on its way, too: bound to one
+//! round trip the sender would measure less than the link carries, and be bound to that next.
+//!
 //! While the bound is what limits the sender, the measured rate is the bound over the round trip; the next
 //! bound is then larger by the budget, so it grows until the link is the limit.
 //!
@@ -28,6 +31,8 @@ const SAMPLES: u32 = 64;
 const FLOOR: u64 = 512 << 10;
 /// What may be in flight before anything was measured.
 const START: u64 = 2 << 20;
+/// Round trips until most chunks have arrived whole where packets are lost: the loss shows after one, and what is sent again may be lost, too.
+const RECOVERY: f64 = 2.5;
 
 /// See the module.
 #[derive(Debug)]
@@ -35,6 +40,7 @@ pub struct Pace {
     budget: Duration,
     /// Nothing of the budget is spent for now.
     narrow: bool,
+    lossy: bool,
     rtt: Option<Duration>,
     samples: VecDeque<(Duration, u64)>,
     /// When something came to be in flight, and the total then.
@@ -51,6 +57,7 @@ impl Pace {
         Pace {
             budget,
             narrow: false,
+            lossy: false,
             rtt: None,
             samples: VecDeque::new(),
             busy: None,
@@ -58,6 +65,12 @@ impl Pace {
             total: 0,
             rate: 0.0,
         }
+    }
+
+    /// For a link that loses packets.
+    #[must_use]
+    pub fn over_losses(self, lossy: bool) -> Self {
+        Pace { lossy, ..self }
     }
 
     /// A round trip was measured; the least counts, since longer ones hold queues.
@@ -129,7 +142,7 @@ impl Pace {
     /// The time for which bytes may be in flight.
     fn span(&self) -> Duration {
         let budget = if self.narrow { Duration::ZERO } else { self.budget };
-        self.rtt.unwrap_or_default() + budget
+        self.rtt.unwrap_or_default().mul_f64(if self.lossy { RECOVERY } else { 1.0 }) + budget
     }
 
     /// Bytes a second that the peer acknowledged lately; 0 before anything was measured.
@@ -247,5 +260,23 @@ mod tests {
             pace.acked(sent, now, false);
         }
         assert!(pace.rate() > 90e6, "{}", pace.rate());
+    }
+
+    /// The same where each chunk is whole after two round trips.
+    #[test]
+    fn losses_do_not_keep_the_bound_from_growing() {
+        let rate = |lossy| {
+            let mut pace = Pace::new(ms(30)).over_losses(lossy);
+            pace.round_trip(ms(100));
+            let mut now = ms(0);
+            for _ in 0..100 {
+                let sent = pace.target().min(20_000_000);
+                now += ms(200);
+                pace.acked(sent, now, false);
+            }
+            pace.rate()
+        };
+        assert!(rate(true) > 90e6, "{}", rate(true));
+        assert!(rate(false) < 5e6, "{}", rate(false));
     }
 }

@@ -202,7 +202,8 @@ pub(crate) struct Stage {
 
 impl Stage {
     fn new(out: Outgoing, leg: &Leg) -> Self {
-        let sender = Sender::from(leg.from, leg.choice.window, Pace::new(budget(&out, leg.mode)));
+        let pace = Pace::new(budget(&out, leg.mode)).over_losses(out.lossy);
+        let sender = Sender::from(leg.from, leg.choice.window, pace);
         Stage {
             sealer: Sealer::from(leg.id, leg.from),
             out,

@@ -78,6 +78,8 @@ pub(crate) struct Outgoing {
     wish: Wish,
     /// Why QUIC or TCP, likewise.
     transport_reason: String,
+    /// The link loses packets.
+    lossy: bool,
     /// What the link counted as at the beginning, for policy.
     link: Mode,
     /// Bytes a second that may be taken of it.
@@ -151,6 +153,7 @@ async fn attempt(
         downtime,
         wish,
         transport_reason,
+        lossy,
         link,
         mode,
         offer,
@@ -229,6 +232,7 @@ async fn attempt(
         layers: crate::hde::layers(shared.config.hde),
         wish,
         transport_reason,
+        lossy,
         link,
         limit: plan::limit(shared, &spec),
     };
@@ -290,6 +294,7 @@ pub(crate) async fn resume(shared: Arc<Shared>, revived: Revived, report: Arc<Re
         layers: Layers::ZERO,
         wish: Wish::default(),
         transport_reason: String::new(),
+        lossy: false,
         link: Mode::Internet,
         limit: None,
     };

@@ -78,6 +78,8 @@ pub(crate) struct Plan {
     pub(crate) wish: Wish,
     /// Why QUIC or TCP, where it could be either.
     pub(crate) transport_reason: String,
+    /// The link loses packets, as far as was looked.
+    pub(crate) lossy: bool,
     /// What the link counts as for policy.
     pub(crate) link: Mode,
     pub(crate) mode: ModeChoice,
@@ -214,7 +216,7 @@ pub(crate) async fn plan(
         notes.push(format!("the data goes over {transport}: {}", found.reason));
         choice.reasons.extend(found.fallback);
     }
-    let transport_reason = found.reason;
+    let (transport_reason, lossy) = (found.reason, found.lossy);
     choice.guest_runs = guest_ran;
     choice.mode_reason = mode_reason;
     choice.reasons.extend(without_congestion(shared, &choice));
@@ -242,6 +244,7 @@ pub(crate) async fn plan(
         downtime,
         wish,
         transport_reason,
+        lossy,
         link,
         mode,
         offer,
