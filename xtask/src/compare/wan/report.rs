@@ -217,6 +217,7 @@ impl Report {
              - *CPU s, machine*: all but the line's own; it holds the emulated guest, which takes most of one core all the time.\n\
              - *agents' memory*: the most of RssAnon, source and destination, over all runs.\n\
              - *rewrites a second*: pages that the write-heavy guest rewrote while it ran at the source; whoever slows it has less to carry.\n\
+             - Before each run with mapped RAM `dwcpctl estimate` was asked what it would take; what it said is below each table.\n\
              - xbzrle has a cache of 256 MiB, multifd has two connections. The agents encrypt (TLS), QEMU alone does not.\n",
             DOWNTIME.as_millis()
         );
