@@ -42,6 +42,8 @@ const SHARE: f64 = 0.8;
 const SETUP: Duration = Duration::from_millis(250);
 /// Round trips of the same.
 const SETUP_TRIPS: u32 = 6;
+/// Round trips of looking at a link that loses packets: three bursts, with the handshakes before each.
+const LOOK_TRIPS: u32 = 33;
 /// Bytes of the VMM's stream for each page beside its content, as part of it.
 const FRAMING: f64 = 8.0 / 4096.0;
 /// What names the page that another one is a copy of, for each of its bytes.
@@ -99,6 +101,8 @@ struct Known {
     rtt: Duration,
     ram: u64,
     runs: bool,
+    /// The link loses packets: it is looked at for longer before the start.
+    lossy: bool,
     problems: Vec<Failure>,
     notes: Vec<String>,
 }
@@ -137,8 +141,8 @@ pub(crate) async fn estimate(
 fn known(plan: Plan) -> Known {
     let rtt = plan.met.rtt;
     let (problems, notes) = plan.found();
-    let Plan { guest, choice, dialler, guest_ran: runs, downtime, ram, .. } = plan;
-    Known { guest, dialler, choice, downtime, rtt, ram, runs, problems, notes }
+    let Plan { guest, choice, dialler, guest_ran: runs, downtime, ram, lossy, .. } = plan;
+    Known { guest, dialler, choice, downtime, rtt, ram, runs, lossy, problems, notes }
 }
 
 /// The same where the destination does not wait for the VM: it counts as one that offers what this node does.
@@ -174,6 +178,7 @@ async fn alone(shared: &Shared, spec: &MigrateSpec) -> Result<Known, Failure> {
             "the destination does not wait for the VM yet: it is assumed to offer what this node does".into(),
         ],
         problems: Vec::new(),
+        lossy: found.lossy,
         guest,
         dialler,
         choice,
@@ -248,7 +253,7 @@ fn way(seen: &Seen, known: &Known, link: f64, shared: &Shared, compression: Comp
         link,
         agents,
         zeros: ZEROS,
-        setup: SETUP + known.rtt * SETUP_TRIPS,
+        setup: SETUP + known.rtt * if known.lossy { SETUP_TRIPS + LOOK_TRIPS } else { SETUP_TRIPS },
         left: known.downtime.vmm,
         overhead: Downtime::overhead(known.rtt, shared.write_time),
     }

@@ -19,7 +19,7 @@ use crate::status::LayerStatus;
 /// takes anyway this stays below 64 MiB and 3 %.
 const BASE: u64 = 16 << 20;
 /// The share of the guest's RAM, in parts of a thousand. All pages of a guest take some 35 at the source.
-const PER_MILLE: u64 = 27;
+const PER_MILLE: u64 = 26;
 /// What a page takes in a cache.
 const PAGE_BYTES: usize = PAGE_SIZE + CacheSize::OVERHEAD;
 /// Characters of the words that say why no RAM is mapped.

@@ -109,10 +109,8 @@ async fn give_up(qemu: &Qemu, stream: &UnixStream) -> Result<(), NoHead> {
         match qemu.migration().await?.status {
             Some(MigrationStatus::Cancelled | MigrationStatus::Failed) => return Ok(()),
             // The guest's state follows a little later, and `cont` is refused until then.
-            Some(MigrationStatus::Completed) => {
-                if qemu.run_state().await? != RunState::FinishMigrate {
-                    return Err(NoHead::Completed);
-                }
+            Some(MigrationStatus::Completed) if qemu.run_state().await? != RunState::FinishMigrate => {
+                return Err(NoHead::Completed);
             }
             _ => {}
         }
