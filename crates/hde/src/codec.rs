@@ -151,4 +151,24 @@ mod tests {
         assert!(third.as_ptr() == place || fourth.as_ptr() == place);
         assert_eq!((&third[..], &fourth[..]), (&second[..], &second[..]));
     }
+
+    #[test]
+    fn a_small_chunk_takes_no_large_buffer_away() {
+        let mut compressor = Compressor::new();
+        let (large, small) = (vec![1; 1 << 20], vec![2; 3000]);
+        let payloads = [&large, &small].map(|raw| compressor.zstd(raw, 1).unwrap().to_vec());
+        let mut decompressor = Decompressor::new();
+        decompressor.decompress(Codec::Zstd, &payloads[0], large.len()).unwrap();
+        let place = decompressor.give(large.len()).as_ptr();
+        // The buffer has come back, and these are held.
+        let given: Vec<Bytes> = (0..8)
+            .map(|_| {
+                decompressor.decompress(Codec::Zstd, &payloads[1], small.len()).unwrap();
+                decompressor.give(small.len())
+            })
+            .collect();
+        assert!(given.iter().all(|bytes| bytes[..] == small));
+        decompressor.decompress(Codec::Zstd, &payloads[0], large.len()).unwrap();
+        assert_eq!(decompressor.give(large.len()).as_ptr(), place, "one of the small ones has it");
+    }
 }

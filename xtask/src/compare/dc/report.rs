@@ -81,7 +81,7 @@ impl Report {
                  included, from before the first command to after the last.\n\
                  - *agents, MiB*: the most anonymous memory of the source's and of the destination's agent, over all the runs that \
                  the process has seen so far.\n\
-                 - *chunks*: from a chunk's first sending to its acknowledgement, which follows its application; by the source agent's \
+                 - *chunks*: from a chunk's encoding to its acknowledgement, which follows its application; by the source agent's \
                  histogram, interpolated within its buckets.\n";
         fs::write(&path, text + &notes).context("write docs/compare-dc.md")?;
         println!("written to docs/compare-dc.md");
