@@ -40,6 +40,8 @@ pub struct AgentConfig {
     pub data: SocketAddr,
     /// `[flags] source`.
     pub flags: String,
+    /// `[flags] return_after`; the agent's own where `None`.
+    pub return_after: Option<&'static str>,
     /// `[flags] ca`; the system's where `None`.
     pub flags_ca: Option<PathBuf>,
     /// `[flags] without`: the path where the source is `none`.
@@ -71,6 +73,7 @@ impl Default for AgentConfig {
         AgentConfig {
             data: SocketAddr::from(([127, 0, 0, 1], 0)),
             flags: "none".into(),
+            return_after: None,
             flags_ca: None,
             without: "v3",
             v1: "any",
@@ -90,13 +93,14 @@ impl AgentConfig {
     fn toml(&self, node: &str, dir: &Path) -> String {
         let AgentConfig { data, flags, without, v1, v1_plain, datacenter_encryption, extra, .. } = self;
         let path = |name: &str| dir.join(name).display().to_string();
+        let wait = self.return_after.map_or_else(String::new, |wait| format!("return_after = \"{wait}\"\n"));
         let ca = self.flags_ca.as_ref().map_or_else(String::new, |ca| format!("ca = \"{}\"\n", ca.display()));
         format!(
             "node = \"{node}\"\n\
              state_dir = \"{state}\"\n\
              [listen]\ndata = \"{data}\"\nrpc = \"unix:{rpc}\"\nmetrics = \"127.0.0.1:0\"\n\
              [identity]\nkey = \"{key}\"\npeers = \"{peers}\"\n\
-             [flags]\nsource = \"{flags}\"\nwithout = \"{without}\"\n{ca}\
+             [flags]\nsource = \"{flags}\"\nwithout = \"{without}\"\n{wait}{ca}\
              [policy]\nv1 = \"{v1}\"\nv1_plain = {v1_plain}\ndatacenter_encryption = \"{datacenter_encryption}\"\n\
              {extra}",
             state = self.state_dir(dir).display(),

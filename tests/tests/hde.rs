@@ -75,8 +75,8 @@ fn mapped_ram_is_equal_after_v1_and_v3_again() -> Result<()> {
 #[test]
 fn mapped_ram_is_equal_after_the_flag_was_off() -> Result<()> {
     let Some(kit) = Scene::kit_or_skip("mapped_ram_is_equal_after_the_flag_was_off") else { return Ok(()) };
-    let flags = tempfile::tempdir()?;
-    let (file, fresh) = (flags.path().join("flag.json"), flags.path().join("fresh.json"));
+    let folder = tempfile::tempdir()?;
+    let (file, fresh) = (folder.path().join("flag.json"), folder.path().join("fresh.json"));
     let turn = |path: &str| -> Result<()> {
         let on = path == "v3";
         let text = format!(r#"{{"feature":"dwcp_v3_hde","percentage":100,"enabled":{on}}}"#);
@@ -84,9 +84,9 @@ fn mapped_ram_is_equal_after_the_flag_was_off() -> Result<()> {
         Ok(std::fs::rename(&fresh, &file)?)
     };
     turn("v3")?;
-    // Beside the source in its table: by default a migration waits for a minute or more before it returns, here for a second to three.
-    let source = format!("file:{}\"\nreturn_after = \"1s", file.display());
-    let config = AgentConfig { flags: source, ..AgentConfig::default() };
+    let flags = format!("file:{}", file.display());
+    // By default a migration waits for a minute or more before it returns, here for a second to three.
+    let config = AgentConfig { flags, return_after: Some("1s"), ..AgentConfig::default() };
     let mut spec = spec(QemuVersion::V10_0, Backing::Memfd);
     // That wait, and two seconds more, are on v1 at 3 MB a second: much has to be left after it.
     spec.load.mib = 64;

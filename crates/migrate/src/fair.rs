@@ -37,8 +37,8 @@ struct State {
     /// It is held back, and was told to ask again before this moment.
     waits_until: Option<Duration>,
     urgent: bool,
-    /// When it last asked.
-    asked: Duration,
+    /// When it last wrote.
+    wrote: Duration,
 }
 
 impl Fair {
@@ -51,7 +51,7 @@ impl Fair {
     pub(crate) fn join(&mut self) -> Flow {
         let flow = Flow(self.next);
         self.next += 1;
-        self.flows.insert(flow, State { served: 0, waits_until: None, urgent: false, asked: Duration::ZERO });
+        self.flows.insert(flow, State { served: 0, waits_until: None, urgent: false, wrote: Duration::ZERO });
         flow
     }
 
@@ -72,7 +72,6 @@ impl Fair {
         let behind = self.least_waiting(flow, now);
         let gives_way = self.all.is_limited() && self.others_are_urgent(flow, now);
         let Some(mut state) = self.flows.get(&flow).copied() else { return Duration::ZERO };
-        state.asked = now;
         if state.urgent || gives_way {
             let wait = self.all.wait(now);
             let wait = if state.urgent { wait } else { wait.max(TURN) };
@@ -97,13 +96,17 @@ impl Fair {
         self.all.spend(bytes, now);
         if let Some(state) = self.flows.get_mut(&flow) {
             state.served = state.served.saturating_add(bytes);
+            state.wrote = now;
         }
     }
 
-    /// Whether another flow is urgent and has something to write: it asked a moment ago.
+    /// Whether another flow is urgent and has something to write: it did a moment ago, or is held back. It may ask without.
     fn others_are_urgent(&self, flow: Flow, now: Duration) -> bool {
         let mut others = self.flows.iter().filter(|(other, _)| **other != flow);
-        others.any(|(_, state)| state.urgent && state.asked + GRACE >= now)
+        others.any(|(_, state)| {
+            state.urgent
+                && (state.wrote + GRACE >= now || state.waits_until.is_some_and(|until| until >= now))
+        })
     }
 
     /// What the least served of the others that are held back has got.
@@ -217,6 +220,9 @@ mod tests {
         let before = others(&senders);
         run(&mut fair, &mut senders, Duration::from_secs(3));
         assert_near(others(&senders) - before, 0.95 * RATE as f64, "the others");
+        // Asking alone holds nobody up.
+        fair.wait(senders[0].flow, Duration::from_secs(4));
+        assert!(fair.wait(senders[1].flow, Duration::from_secs(4)).is_zero());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::PoisonError;
 use dwcp_hde::{CacheSize, LaneWindow, LayerBytes, Layers, Stats};
 use dwcp_proto::limits::{MAX_BLOCK_NAME, PAGE_SIZE};
 use dwcp_proto::message::{Choice, Offer};
-use dwcp_proto::negotiate::MAX_MAPPED;
+use dwcp_proto::negotiate::{MAX_MAPPED, REFERENCES};
 use dwcp_proto::{Mode, Path, units};
 use dwcp_vmm::describe::VmDescription;
 use dwcp_vmm::mapped::Ram;
@@ -47,7 +47,9 @@ pub(crate) fn lane_window(hde: Hde, ram: u64, limit: Option<u64>) -> u64 {
 /// What the memory that the agents may take costs a migration of a guest with so much RAM, in words. `here` is what this node, its
 /// source, has for references.
 pub(crate) fn given_up(choice: &Choice, ram: u64, here: usize, hde: Hde) -> Vec<String> {
-    if choice.path != Path::V3.to_wire() || choice.mode != Mode::Internet.to_wire() {
+    // Nor has an older peer anything to give up.
+    let refers = choice.path == Path::V3.to_wire() && choice.hde >= REFERENCES;
+    if !refers || choice.mode != Mode::Internet.to_wire() {
         return Vec::new();
     }
     let all = allowance(ram, None);
@@ -152,6 +154,7 @@ mod tests {
         Choice {
             path: Path::V3.to_wire(),
             mode: Mode::Internet.to_wire(),
+            hde: REFERENCES,
             lane_window: LANE_WINDOW,
             cache_pages,
             ..Choice::default()
@@ -175,6 +178,8 @@ mod tests {
         assert_eq!(given_up(&choice(), RAM, all, HDE), [""; 0]);
         let v1 = Choice { path: Path::V1.to_wire(), ..choice() };
         assert_eq!(given_up(&v1, RAM, 0, HDE), [""; 0]);
+        let older = Choice { hde: REFERENCES - 1, cache_pages: 0, lane_window: 0, ..choice() };
+        assert_eq!(given_up(&older, RAM, all, HDE), [""; 0]);
         let mapped = Choice { mapped: true, cache_pages: 0, ..choice() };
         assert_eq!(given_up(&mapped, RAM, all, HDE), [""; 0]);
     }

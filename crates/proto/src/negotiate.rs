@@ -338,7 +338,7 @@ fn check(offer: &Offer) -> Result<(), Impossible> {
 pub const MAX_MAPPED: usize = 16;
 
 /// The payload encoding from which on chunks may refer to what the receiver holds.
-const REFERENCES: u32 = 2;
+pub const REFERENCES: u32 = 2;
 
 /// Most data connections of one session.
 pub const MAX_STREAMS: u32 = 16;

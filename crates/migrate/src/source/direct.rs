@@ -22,6 +22,7 @@ use tokio::time::{interval, timeout};
 use tracing::debug;
 
 use super::ingest::{IngestError, count};
+use super::run::UNLIMITED;
 use crate::counters::Counters;
 use crate::guest::Guest;
 use crate::report::Report;
@@ -30,8 +31,6 @@ use crate::report::Report;
 const HEAD: Duration = Duration::from_secs(10);
 /// Bytes a second that QEMU may write of that migration: a small guest, or one of zeros, must not be through before it is cancelled.
 const SLOW: u64 = 1 << 20;
-/// No limit, as QEMU understands it.
-const UNLIMITED: u64 = 1 << 40;
 /// Bytes that are read at once of what QEMU writes.
 const READ: usize = 256 << 10;
 

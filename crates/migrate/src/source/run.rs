@@ -34,6 +34,8 @@ use crate::shared::Shared;
 use crate::spec::Channels;
 use crate::status::Phase;
 
+pub(super) use launch::UNLIMITED;
+
 /// Between two looks at the VMM's progress.
 const TICK: Duration = Duration::from_millis(250);
 /// Between two tries of what a VMM or the journal refused.

@@ -28,7 +28,7 @@ use crate::status::Phase;
 /// QEMU (8.2+) is told the measured rate anew when it has changed by this share.
 const TELL_RATE: f64 = 0.1;
 /// No limit, as QEMU understands it: what the agent takes is what bounds it.
-const UNLIMITED: u64 = 1 << 40;
+pub(in crate::source) const UNLIMITED: u64 = 1 << 40;
 
 impl Run {
     /// Lets QEMU migrate into our socket, and starts the data path.
