@@ -4,9 +4,11 @@
 
 mod kid;
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -125,6 +127,40 @@ fn two_ranges_and_more_regions_than_fit_one_answer() {
     expected.sort_by_key(|range| range.start);
     assert_eq!(tracker.written().unwrap(), expected);
     assert_eq!(tracker.written().unwrap(), []);
+}
+
+/// A copy that is renewed by what looks tell is right once the last look was taken at rest.
+#[test]
+fn no_write_is_missed_by_looks_in_the_midst_of_writes() {
+    const PAGES: u64 = 4096;
+    let mut kid = Kid::start("plain", PAGES);
+    let all = pages(kid.shared, 0..PAGES);
+    let mut tracker = Tracker::begin(kid.pid(), kid.pidfd.as_fd(), vec![all.clone()]).unwrap();
+    let memory = File::open(format!("/proc/{}/mem", kid.pid())).unwrap();
+    let count = |page: u64| {
+        let mut count = [0; 8];
+        memory.read_exact_at(&mut count, all.start + page * PAGE).unwrap();
+        u64::from_le_bytes(count)
+    };
+    let mut copy = vec![0; PAGES as usize];
+    tracker.written().unwrap();
+    for round in 0..30 {
+        kid.do_("scribble");
+        for last in [false, false, true] {
+            if last {
+                kid.do_("rest");
+            }
+            for range in tracker.written().unwrap() {
+                let first = (range.start - all.start) / PAGE;
+                for page in first..first + (range.end - range.start) / PAGE {
+                    copy[page as usize] = count(page);
+                }
+            }
+        }
+        let missed: Vec<_> = (0..PAGES).filter(|&page| copy[page as usize] != count(page)).collect();
+        assert!(missed.is_empty(), "round {round}: pages {missed:?}");
+    }
+    assert!(copy.iter().sum::<u64>() > PAGES, "{copy:?}");
 }
 
 #[test]

@@ -154,20 +154,9 @@ impl Tracker {
     /// The process has ended, or has mapped something else there. What was written since the last call is lost then: only a new
     /// beginning helps.
     pub fn written(&mut self) -> io::Result<Vec<Range<u64>>> {
-        let mut written = Vec::new();
-        for range in &self.ranges {
-            let mut rest = range.clone();
-            while !rest.is_empty() {
-                let (found, end) = ioctl::scan(&self.pagemap, &rest, true, &mut self.regions)?;
-                for region in &self.regions[..found] {
-                    push(&mut written, region.start..region.end);
-                }
-                if end <= rest.start {
-                    return Err(io::Error::other("the kernel does not get on with its look"));
-                }
-                rest.start = end;
-            }
-        }
+        let (pagemap, regions) = (&self.pagemap, &mut self.regions);
+        let written =
+            all_written(&self.ranges, regions, |rest, regions| ioctl::scan(pagemap, rest, true, regions))?;
         self.check()?;
         Ok(written)
     }
@@ -206,20 +195,61 @@ impl Drop for Tracker {
     }
 }
 
+/// What `look` finds in all of `ranges`. It fills the regions with what it found, and returns how many those are and up to where it came.
+///
+/// Where it came to may be told too low: the kernel gathers 512 regions at a time, and when the last of them are few it tells where it
+/// stopped before (Linux 6.7 to 6.18). What is looked at again there comes behind what lies above it.
+fn all_written(
+    ranges: &[Range<u64>],
+    regions: &mut [Region],
+    mut look: impl FnMut(&Range<u64>, &mut [Region]) -> io::Result<(usize, u64)>,
+) -> io::Result<Vec<Range<u64>>> {
+    let mut written = Vec::new();
+    for range in ranges {
+        let mut rest = range.clone();
+        while !rest.is_empty() {
+            let (found, end) = look(&rest, regions)?;
+            written.extend(regions[..found].iter().map(|region| region.start..region.end));
+            if end <= rest.start {
+                return Err(io::Error::other("the kernel does not get on with its look"));
+            }
+            rest.start = end;
+        }
+    }
+    Ok(joined(written))
+}
+
 /// The same ranges, ascending, with those that touch each other made one.
 fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
-    let mut joined = Vec::with_capacity(ranges.len());
+    let mut joined: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
     for range in ranges {
-        push(&mut joined, range);
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
     }
     joined
 }
 
-/// Appends a range that does not begin before the last one.
-fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
-    match ranges.last_mut() {
-        Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-        _ => ranges.push(range),
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    /// As the kernel does: the second look begins where the first gathered its last 512 regions, and a page was written there meanwhile.
+    #[test]
+    fn a_write_between_two_looks_at_the_same_place_is_told() {
+        let mut looks = [(vec![0..1, 4..5, 8..9], 3), (vec![6..7, 8..9], 10)].into_iter();
+        let mut regions = [Region::default(); 4];
+        let written = all_written(&[0..10], &mut regions, |_, regions| {
+            let (found, end) = looks.next().unwrap();
+            for (region, range) in regions.iter_mut().zip(&found) {
+                (region.start, region.end) = (range.start, range.end);
+            }
+            Ok((found.len(), end))
+        });
+        assert_eq!(written.unwrap(), [0..1, 4..5, 6..7, 8..9]);
     }
 }

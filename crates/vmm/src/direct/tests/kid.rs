@@ -10,6 +10,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
@@ -147,6 +148,7 @@ pub(super) fn run() {
     handle();
     let (sleeper, release) = sleeping(kind == "stuck");
     let mut release = Some(release);
+    let mut scribbler = None;
     let workers =
         [Worker::start(polling), Worker::start(reading()), Worker::start(computing), Worker::start(sleeper)];
     let tids: Vec<_> = workers.iter().map(|worker| worker.tid.to_string()).collect();
@@ -172,6 +174,8 @@ pub(super) fn run() {
                 // SAFETY: the same; the kernel writes 6 bytes.
                 assert_eq!(unsafe { libc::read(from.as_raw_fd(), place(words[2]).cast(), 6) }, 6);
             }
+            "scribble" => scribbler = Some(Scribbler::start(memories[0], len)),
+            "rest" => drop(scribbler.take()),
             "check" => workers[..if release.is_some() && kind == "stuck" { 3 } else { 4 }]
                 .iter()
                 .for_each(Worker::check),
@@ -199,6 +203,40 @@ fn map(len: usize, flags: i32, file: i32) -> u64 {
     // SAFETY: it is our own mapping. Else how much a first write touches would be the machine's choice.
     assert_eq!(unsafe { libc::madvise(place, len, libc::MADV_NOHUGEPAGE) }, 0);
     place as u64
+}
+
+/// A thread that counts up in every other page of a memory, in no order, until this is dropped.
+struct Scribbler {
+    goes_on: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Scribbler {
+    fn start(memory: u64, len: usize) -> Self {
+        let goes_on = Arc::new(AtomicBool::new(true));
+        let theirs = goes_on.clone();
+        let pages = len as u64 / PAGE / 2;
+        let thread = std::thread::spawn(move || {
+            let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+            while theirs.load(Ordering::SeqCst) {
+                // xorshift64 (Marsaglia, 2003).
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let place = (memory + random % pages * 2 * PAGE) as *mut u64;
+                // SAFETY: within a mapping that stays until the process ends, and no other thread uses meanwhile.
+                unsafe { place.write_volatile(place.read_volatile() + 1) };
+            }
+        });
+        Scribbler { goes_on, thread: Some(thread) }
+    }
+}
+
+impl Drop for Scribbler {
+    fn drop(&mut self) {
+        self.goes_on.store(false, Ordering::SeqCst);
+        self.thread.take().unwrap().join().unwrap();
+    }
 }
 
 /// Every system call is allowed, by a filter.
