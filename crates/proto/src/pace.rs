@@ -25,6 +25,9 @@ use std::time::Duration;
 const SPAN: Duration = Duration::from_secs(1);
 /// The shortest stretch whose rate counts although the source was silent in it.
 const STRETCH: Duration = Duration::from_millis(250);
+/// The shortest stretch whose rate counts at all, if the round trip is not longer: acknowledgements come in clumps, and within one they tell
+/// nothing of the link. QEMU stops the guest by the rate that it is told, so one such moment would cost seconds of downtime.
+const CLUMP: Duration = Duration::from_millis(50);
 /// Samples kept, about; a newer one replaces the last where they come faster.
 const SAMPLES: u32 = 64;
 /// The least that may be in flight: a few compressed chunks, so that encoder, network and decoder overlap.
@@ -41,6 +44,8 @@ pub struct Pace {
     /// Nothing of the budget is spent for now.
     narrow: bool,
     lossy: bool,
+    /// Bytes a second that may be taken of the link.
+    limit: f64,
     rtt: Option<Duration>,
     samples: VecDeque<(Duration, u64)>,
     /// When something came to be in flight, and the total then.
@@ -58,6 +63,7 @@ impl Pace {
             budget,
             narrow: false,
             lossy: false,
+            limit: f64::INFINITY,
             rtt: None,
             samples: VecDeque::new(),
             busy: None,
@@ -71,6 +77,13 @@ impl Pace {
     #[must_use]
     pub fn over_losses(self, lossy: bool) -> Self {
         Pace { lossy, ..self }
+    }
+
+    /// Where no more than so many bytes a second may be taken of the link, whatever it carries: one chunk at a time is acknowledged as fast as
+    /// the link can.
+    #[must_use]
+    pub fn within(self, limit: Option<u64>) -> Self {
+        Pace { limit: limit.map_or(f64::INFINITY, |limit| limit as f64), ..self }
     }
 
     /// A round trip was measured; the least counts, since longer ones hold queues.
@@ -109,7 +122,10 @@ impl Pace {
             let stretch = last.0.saturating_sub(first.0);
             let rate = (last.1 - first.1) as f64 / stretch.as_secs_f64();
             let starved = self.rate > 0.0 && self.starved.is_some_and(|at| at >= first.0);
-            let counts = if starved { stretch >= STRETCH && rate > self.rate } else { !stretch.is_zero() };
+            let counts = match starved {
+                true => stretch >= STRETCH && rate > self.rate,
+                false => stretch >= CLUMP.max(self.rtt.unwrap_or_default()),
+            };
             if counts {
                 self.rate = rate;
             }
@@ -147,7 +163,7 @@ impl Pace {
 
     /// Bytes a second that the peer acknowledged lately; 0 before anything was measured.
     pub fn rate(&self) -> f64 {
-        self.rate
+        self.rate.min(self.limit)
     }
 
     /// Bytes that may be in flight.
@@ -155,7 +171,7 @@ impl Pace {
         if self.rate <= 0.0 {
             return START;
         }
-        ((self.rate * self.span().as_secs_f64()) as u64).max(FLOOR)
+        ((self.rate() * self.span().as_secs_f64()) as u64).max(FLOOR)
     }
 }
 
@@ -246,6 +262,33 @@ mod tests {
         let mut slow = Pace::new(ms(10));
         (1..=1000).for_each(|t| slow.acked(1, ms(t), false));
         assert_eq!(slow.target(), FLOOR);
+    }
+
+    /// As after a connection was made again: what had arrived is acknowledged in one go.
+    #[test]
+    fn a_clump_of_acknowledgements_is_no_fast_link() {
+        let clump =
+            |pace: &mut Pace, at| (0..20).for_each(|n| pace.acked(200_000, at + ms(1) * n / 20, false));
+        let mut pace = Pace::new(ms(100));
+        clump(&mut pace, ms(500));
+        assert_eq!((pace.rate(), pace.target()), (0.0, START));
+        // One a round trip.
+        pace.round_trip(ms(100));
+        (6..20).for_each(|t| clump(&mut pace, ms(t * 100)));
+        assert!((pace.rate() / 40e6 - 1.0).abs() < 0.1, "{}", pace.rate());
+        // And after a silence.
+        clump(&mut pace, ms(10_000));
+        assert!(pace.rate() < 45e6, "{}", pace.rate());
+    }
+
+    #[test]
+    fn a_limit_bounds_the_rate_where_single_chunks_are_fast() {
+        let mut pace = Pace::new(ms(100)).within(Some(10_000_000));
+        for n in 0..10 {
+            pace.sent(ms(n * 100));
+            pace.acked(1 << 20, ms(n * 100 + 2), true);
+        }
+        assert_eq!((pace.rate(), pace.target()), (1e7, 1_000_000));
     }
 
     /// A link that carries 100 MB/s with 100 ms: the bound must not keep it from being found.

@@ -119,7 +119,7 @@ pub(crate) struct Ring {
 
 impl Ring {
     fn new(out: Outgoing, leg: &Leg) -> Self {
-        let pace = Pace::new(out.budget);
+        let pace = Pace::new(out.budget).within(out.limit);
         Ring {
             receipt: out.receipt.subscribe(),
             digest: BytesDigest::new(leg),

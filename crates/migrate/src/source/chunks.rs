@@ -202,7 +202,7 @@ pub(crate) struct Stage {
 
 impl Stage {
     fn new(out: Outgoing, leg: &Leg) -> Self {
-        let pace = Pace::new(budget(&out, leg.mode)).over_losses(out.lossy);
+        let pace = Pace::new(budget(&out, leg.mode)).over_losses(out.lossy).within(out.limit);
         let sender = Sender::from(leg.from, leg.choice.window, pace);
         Stage {
             sealer: Sealer::from(leg.id, leg.from),
