@@ -17,7 +17,10 @@ use prost::Message as _;
 use crate::config::Congestion;
 use crate::error::{Blame, Failure};
 use crate::transport::Quic;
-use crate::wire::{WireError, link_failure, read_message, refusal, write_message, write_preamble};
+use crate::wire::{
+    CHOOSING, WireError, link_failure, read_message, read_message_within, refusal, write_message,
+    write_preamble,
+};
 
 /// A session, as either end knows it.
 #[derive(Debug, Clone)]
@@ -376,7 +379,8 @@ impl Greeted {
         if self.hello.check {
             return Ok(None);
         }
-        let (body, _) = read_message(&mut self.reader).await.map_err(WireError::failure)?;
+        let read = read_message_within(CHOOSING, &mut self.reader).await;
+        let (body, _) = read.map_err(WireError::failure)?;
         let Body::Confirm(Confirm { choice: Some(choice), signature: theirs }) = body else {
             return Err(WireError::Unexpected { got: body.kind(), expected: "confirm" }.failure());
         };

@@ -24,7 +24,7 @@ use crate::status::{Phase, Role, Status};
 use crate::{explain, hde, inquiry, probe, recovery, retry, source};
 
 /// Connections that have not yet said what they want, or wait for the answer; a plain one has proved nothing until then. Each has
-/// [`PATIENCE`](crate::wire::PATIENCE) for a message.
+/// [`PATIENCE`](crate::wire::PATIENCE) for a message, and a source that has proved itself [`CHOOSING`](crate::wire::CHOOSING) for its choice.
 const MAX_NEWCOMERS: usize = 256;
 
 /// Takes connections until the engine is gone.

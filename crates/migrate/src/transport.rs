@@ -15,6 +15,7 @@ use dwcp_link::{Connection, DialOptions, LinkError, dial, dial_quic};
 use dwcp_proto::message::{Body, Choice, Offer, Probe};
 use dwcp_proto::{Mode, Path, units};
 use tokio::io::AsyncWriteExt;
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::config::Transport;
@@ -26,6 +27,8 @@ use crate::wire::{WireError, link_failure, read_message, write_message};
 
 /// How long an answer over UDP may take: several packets of a handshake lost one after the other over the longest of lines.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long all of a look at the link may take, the connections' handshakes with it: where packets are lost one of those may take seconds.
+pub(crate) const LOOK: Duration = Duration::from_secs(8);
 /// Below this round trip TCP finds a lost packet out so soon that QUIC can only cost.
 const NEAR: Duration = Duration::from_millis(10);
 /// How much more QUIC must carry. A burst's figure is rough, and QUIC takes two to three times the processor's time for a byte.
@@ -107,7 +110,7 @@ pub(crate) fn reason(choice: &Choice, found: &str) -> String {
 }
 
 /// Finds out whether the data of a migration that begins with `choice` should go over QUIC. `rtt` is the round trip, `limit` what may be
-/// taken of the link, bytes a second. Where it measures it takes from a tenth of a second to some four, by the round trip and by what is lost.
+/// taken of the link, bytes a second. Where it measures it takes from a tenth of a second to some four, by the round trip and by what is lost, and [`LOOK`] at most.
 pub(crate) async fn find(
     shared: &Shared,
     dialler: &Dialler,
@@ -137,7 +140,10 @@ pub(crate) async fn find(
             let (trip, near) = (rtt.as_secs_f64() * 1e3, NEAR.as_millis());
             Found::tcp(format!("the round trip of {trip:.1} ms is below {near} ms"))
         }
-        Transport::Auto => compare(dialler, choice, rtt, limit).await,
+        Transport::Auto => timeout(LOOK, compare(dialler, choice, rtt, limit)).await.unwrap_or_else(|_| {
+            let why = format!("it could not be measured in {} s", LOOK.as_secs());
+            Found { lossy: true, ..Found::tcp(why) }
+        }),
     }
 }
 

@@ -14,6 +14,8 @@ use crate::error::{Blame, Failure};
 
 /// How long a peer may take over one message of the handshake.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a source may take to choose: it looks at the link meanwhile, for [`LOOK`](crate::transport::LOOK) at most, and at its VM.
+pub(crate) const CHOOSING: Duration = Duration::from_secs(20);
 
 /// Why nothing more can be read from, or written to, a connection.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +138,14 @@ pub(crate) async fn read_frame(reader: &mut Reader, max_message: usize) -> Resul
 
 /// Reads one message of a handshake, with its bytes as they travelled. A refusal is an error.
 pub(crate) async fn read_message(reader: &mut Reader) -> Result<(Body, Vec<u8>), WireError> {
+    read_message_within(PATIENCE, reader).await
+}
+
+/// The same where the peer may take so long over it.
+pub(crate) async fn read_message_within(
+    patience: Duration,
+    reader: &mut Reader,
+) -> Result<(Body, Vec<u8>), WireError> {
     let read = async {
         let mut head = [0u8; HEAD_LEN];
         reader.read_exact(&mut head).await?;
@@ -151,7 +161,7 @@ pub(crate) async fn read_message(reader: &mut Reader) -> Result<(Body, Vec<u8>),
             None => Err(WireError::Message),
         }
     };
-    tokio::time::timeout(PATIENCE, read).await.unwrap_or(Err(WireError::Timeout(PATIENCE)))
+    tokio::time::timeout(patience, read).await.unwrap_or(Err(WireError::Timeout(patience)))
 }
 
 /// Writes one message and flushes it; returns the bytes that travelled.
