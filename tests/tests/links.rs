@@ -44,6 +44,7 @@ fn cut_twice(mut scene: Scene, arguments: &[&str]) -> Result<()> {
     let result = scene.move_guest_watched(arguments, |line| cut.after(line, &relay))?;
     scene.to.guest_ok_for(Duration::from_secs(5)).with_context(|| format!("{result}\n{}", scene.logs()))?;
     watcher.finish()?;
+    println!("{result}");
 
     ensure!(result["status"] == "completed", "{result}");
     ensure!(cut.lines_down > LINES_DOWN, "the migration was over before its link was cut: {result}");

@@ -13,7 +13,7 @@ use crate::setup::setup_or_skip;
 
 /// For a build from nothing on two cores.
 const BUILD: Duration = Duration::from_secs(30 * 60);
-/// For all tests, the end-to-end tests one after the other.
+/// For all tests once they are built, the end-to-end tests one after the other.
 const TEST: Duration = Duration::from_secs(30 * 60);
 
 /// Sets up the laboratory, builds the programs and the packages, and runs every test.
@@ -34,15 +34,19 @@ pub(crate) fn test() -> Result<()> {
     ran
 }
 
-/// Runs all tests, of which those that are skipped say so in this file.
+/// Builds and runs all tests, of which those that are skipped say so in this file.
 fn run_tests(skipped: &Path) -> Result<()> {
     if installed("cargo-nextest") {
-        run(cargo(TEST).args(["nextest", "run", "--release", "--workspace"]).env(SKIPPED, skipped))?;
+        let nextest = ["nextest", "run", "--release", "--workspace"];
+        run(cargo(BUILD).args(nextest).arg("--no-run"))?;
+        run(cargo(TEST).args(nextest).env(SKIPPED, skipped))?;
     } else {
+        let tests = ["test", "--release", "--workspace", "--lib", "--bins", "--tests"];
+        run(cargo(BUILD).args(tests).arg("--no-run"))?;
         // The end-to-end tests must not share the cores, and the others are quick enough.
         run(cargo(TEST)
-            .args(["test", "--release", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"])
-            .args(["--", "--test-threads=1"])
+            .args(tests)
+            .args(["--no-fail-fast", "--", "--test-threads=1"])
             .env(SKIPPED, skipped))?;
     }
     run(cargo(TEST).args(["test", "--release", "--workspace", "--doc"]))

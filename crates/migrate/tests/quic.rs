@@ -37,9 +37,9 @@ fn internet(scene: &Scene) -> MigrateSpec {
     MigrateSpec { mode: ModeWish::Internet, ..scene.spec() }
 }
 
-/// Slow enough that there is a middle: the guest has 11 MiB that are not zero.
+/// Slow enough that there is a middle: the guest has 34 MiB that are not zero.
 fn slow(scene: &Scene) -> MigrateSpec {
-    MigrateSpec { bandwidth_limit: Some(2 << 20), ..internet(scene) }
+    MigrateSpec { bandwidth_limit: Some(6 << 20), ..internet(scene) }
 }
 
 async fn until(scene: &Scene, id: &MigrationId, there: impl Fn(&Status) -> bool) -> Status {

@@ -14,8 +14,8 @@ use dwcp_proto::{MigrationId, Path};
 
 use scene::{Scene, ended, gate};
 
-/// Slow enough that there is a middle: the guest has 11 MiB that are not zero.
-const RATE: u64 = 6 << 20;
+/// Slow enough that there is a middle: the guest has 34 MiB that are not zero.
+const RATE: u64 = 18 << 20;
 
 fn slow(scene: &Scene) -> MigrateSpec {
     MigrateSpec { bandwidth_limit: Some(RATE), ..scene.spec() }
@@ -75,7 +75,7 @@ async fn a_flag_that_comes_on_turns_a_running_migration_to_v3() {
     let scene = Scene::new(false, true, Policy::default()).await;
     scene.awaited().await;
     let id =
-        scene.a.engine.migrate(MigrateSpec { bandwidth_limit: Some(3 << 20), ..scene.spec() }).await.unwrap();
+        scene.a.engine.migrate(MigrateSpec { bandwidth_limit: Some(9 << 20), ..scene.spec() }).await.unwrap();
     on(&scene, &id, "v1").await;
     carried(&scene, &id, 1 << 20).await;
     scene.a.gate.send_replace(gate(true));
@@ -119,7 +119,7 @@ async fn a_node_in_trouble_turns_its_running_migrations_to_v1() {
 async fn an_operator_turns_a_migration_back_and_forth() {
     let scene = Scene::new(true, true, Policy::default()).await;
     scene.awaited().await;
-    let spec = MigrateSpec { bandwidth_limit: Some(2 << 20), mode: ModeWish::Internet, ..scene.spec() };
+    let spec = MigrateSpec { bandwidth_limit: Some(6 << 20), mode: ModeWish::Internet, ..scene.spec() };
     let id = scene.a.engine.migrate(spec).await.unwrap();
     carried(&scene, &id, 1 << 20).await;
     let source = &scene.a.engine;
@@ -151,7 +151,7 @@ async fn an_operator_cannot_pass_the_flag() {
 async fn v1_by_name_stays_v1_when_the_flag_comes_on() {
     let scene = Scene::new(false, true, Policy::default()).await;
     scene.awaited().await;
-    let spec = MigrateSpec { path: PathWish::V1, bandwidth_limit: Some(3 << 20), ..scene.spec() };
+    let spec = MigrateSpec { path: PathWish::V1, bandwidth_limit: Some(9 << 20), ..scene.spec() };
     let id = scene.a.engine.migrate(spec).await.unwrap();
     carried(&scene, &id, 1 << 20).await;
     scene.a.gate.send_replace(gate(true));

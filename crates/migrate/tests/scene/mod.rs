@@ -128,8 +128,9 @@ pub struct Scene {
     pub destination: SimVmm,
 }
 
+/// Of several times the bytes that the agents and the sockets between them take in before the first has left.
 pub fn guest() -> GuestSpec {
-    GuestSpec { seed: 7, pages: 4096, zero_percent: 30, hot_pages: 300, writes_per_step: 50 }
+    GuestSpec { seed: 7, pages: 12_288, zero_percent: 30, hot_pages: 300, writes_per_step: 50 }
 }
 
 impl Scene {
