@@ -214,7 +214,7 @@ impl Report {
              other figures are those until then.\n\
              - *downtime*: from the source's `STOP` to the destination's `RESUME`, by QEMU's own stamps, for all alike.\n\
              - *MB on the wire*: 10^6 bytes that the line delivered in both directions, IP headers included.\n\
-             - *CPU s, machine*: all but the line's own; it holds the emulated guest, which takes most of one core all the time.\n\
+             - *CPU s, machine*: all but the line's own; it holds the emulated guest, which takes most of one core where it works. The kernel counts the machine's in ticks and the line's exactly, so where the cores are mostly idle this comes out too low, or below zero.\n\
              - *agents' memory*: the most of RssAnon, source and destination, over all runs.\n\
              - *rewrites a second*: pages that the write-heavy guest rewrote while it ran at the source; whoever slows it has less to carry.\n\
              - Before each run with mapped RAM `dwcpctl estimate` was asked what it would take; what it said is below each table.\n\
