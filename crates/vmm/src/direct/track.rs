@@ -241,15 +241,16 @@ mod tests {
     /// As the kernel does: the second look begins where the first gathered its last 512 regions, and a page was written there meanwhile.
     #[test]
     fn a_write_between_two_looks_at_the_same_place_is_told() {
-        let mut looks = [(vec![0..1, 4..5, 8..9], 3), (vec![6..7, 8..9], 10)].into_iter();
+        let mut looks =
+            [(vec![0..1, 4..5, 8..9], 3), (vec![6..7, 8..9], 10), (vec![21..22, 23..24], 24)].into_iter();
         let mut regions = [Region::default(); 4];
-        let written = all_written(&[0..10], &mut regions, |_, regions| {
+        let written = all_written(&[0..10, 20..24], &mut regions, |_, regions| {
             let (found, end) = looks.next().unwrap();
             for (region, range) in regions.iter_mut().zip(&found) {
                 (region.start, region.end) = (range.start, range.end);
             }
             Ok((found.len(), end))
         });
-        assert_eq!(written.unwrap(), [0..1, 4..5, 6..7, 8..9]);
+        assert_eq!(written.unwrap(), [0..1, 4..5, 6..7, 8..9, 21..22, 23..24]);
     }
 }
