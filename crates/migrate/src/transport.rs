@@ -110,7 +110,8 @@ pub(crate) fn reason(choice: &Choice, found: &str) -> String {
 }
 
 /// Finds out whether the data of a migration that begins with `choice` should go over QUIC. `rtt` is the round trip, `limit` what may be
-/// taken of the link, bytes a second. Where it measures it takes from a tenth of a second to some four, by the round trip and by what is lost, and [`LOOK`] at most.
+/// taken of the link, bytes a second. Where it measures it takes from a tenth of a second to some four, by the round trip and by what is lost,
+/// and [`LOOK`] at most.
 pub(crate) async fn find(
     shared: &Shared,
     dialler: &Dialler,

@@ -16,6 +16,8 @@ use crate::error::{Blame, Failure};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a source may take to choose: it looks at the link meanwhile, for [`LOOK`](crate::transport::LOOK) at most, and at its VM.
 pub(crate) const CHOOSING: Duration = Duration::from_secs(20);
+// A burst for the mode may come before the look, and has the peer's answer to wait for.
+const _: () = assert!(CHOOSING.as_secs() >= crate::transport::LOOK.as_secs() + 2 * PATIENCE.as_secs());
 
 /// Why nothing more can be read from, or written to, a connection.
 #[derive(Debug, thiserror::Error)]

@@ -17,6 +17,9 @@
 //! A source that had nothing to say meanwhile shows what it said, not what the link carries: over such a stretch the rate counts
 //! upwards only, and only if the stretch is long enough not to be a burst of late acknowledgements. (BBR calls these samples
 //! application-limited.) An encoder that is the bottleneck is another matter: the last round will be no faster.
+//!
+//! Acknowledgements that come together, as after a connection was made again, are no measure: a stretch shorter than a round trip counts nowhere.
+//! And where less may be taken of the link than it carries, that is the rate.
 
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -198,7 +198,7 @@ impl Drop for Tracker {
 /// What `look` finds in all of `ranges`. It fills the regions with what it found, and returns how many those are and up to where it came.
 ///
 /// Where it came to may be told too low: the kernel gathers 512 regions at a time, and when the last of them are few it tells where it
-/// stopped before (Linux 6.7 to 6.18). What is looked at again there comes behind what lies above it.
+/// stopped before (seen on Linux 6.18). What is looked at again there comes behind what lies above it.
 fn all_written(
     ranges: &[Range<u64>],
     regions: &mut [Region],
